@@ -1,0 +1,34 @@
+"""What can go wrong between peers.
+
+Nothing here ends a run by itself: the caller counts an error by its `cause`, logs its one line once, and trains on.
+"""
+
+from __future__ import annotations
+
+
+class ExchangeError(Exception):
+    """An exchange that failed: one line for a person (`str(e)`) and one stable word to count by (`e.cause`).
+
+    Args:
+        cause: The word, such as "hash" or "storage".
+        message: What happened, to what, in one line and without credentials.
+    """
+
+    def __init__(self, cause: str, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+    def __reduce__(self) -> tuple[type[ExchangeError], tuple[str, str]]:
+        """Survive the way between processes, where `args` alone would lose the cause."""
+        return type(self), (self.cause, str(self))
+
+
+class Refused(ExchangeError):
+    """What was read (or is about to be written) is not acceptable; trying again brings the same.
+
+    Causes: size, format, run, peer, hash, names, shape, dtype, non-finite, fingerprint, init, rollback, terms, exists.
+    """
+
+
+class StorageError(ExchangeError):
+    """The store failed (cause "storage"); it may work later."""
