@@ -1,0 +1,244 @@
+"""The façade that plug-ins call; it knows the host's counters and the exchange, and nothing of the host.
+
+The order of calls: `load_state_dict` (after a resume), then at every update `begin_update` and, while `active`,
+`penalty` for each batch; `checkpoint_saved` when a checkpoint is on disk; `finish` when training has ended normally,
+else `close`.
+
+With weight 0, during burn-in, or with one peer, nothing is computed, drawn or changed. Trouble with a peer or the
+store is counted and logged and never ends the run, unless `on_error` is "fail".
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from codistill.config import CodistillConfig
+from codistill.exchange.checkpoints import CheckpointExchange
+from codistill.exchange.membership import Identity
+from codistill.exchange.snapshot import distinct, weights_hash
+from codistill.losses import Distilled, distill
+from codistill.meters import Distance, Incidents, MetricsFile
+from codistill.workers import Workers
+
+AGREED = ("peers", "interval", "loss", "temperature", "sync", "dtype")
+
+
+class Codistiller:
+    """One worker's codistillation.
+
+    Attributes:
+        config: the options.
+        alpha: weight of the penalty at the update begun last.
+    """
+
+    def __init__(
+        self,
+        config: CodistillConfig,
+        *,
+        model: nn.Module,
+        build_peer: Callable[[], nn.Module],
+        fingerprint: str,
+        save_dir: Path,
+    ) -> None:
+        """Nothing is read, written or started before the first `begin_update`.
+
+        Args:
+            config: validated options.
+            model: our own model, not wrapped for data parallelism.
+            build_peer: gives a module like `model`, in the run's device, precision and memory format; may draw random
+                numbers, which are given back.
+            fingerprint: sha256 (hex) of the output space: dictionary or class list.
+            save_dir: for the owner token, the initial weights and `metrics.jsonl`.
+        """
+        self.config = config
+        self.alpha = 0.0
+        self._schedule = config.alpha_schedule()
+        self._model, self._build_peer = model, build_peer
+        self._fingerprint, self._save_dir = fingerprint, save_dir
+        self._incidents = Incidents(fatal=config.on_error == "fail")
+        self._metrics_file = MetricsFile(save_dir, self._incidents)
+        self._distance: Optional[Distance] = None
+        self._moved = 0.0
+        self._workers: Optional[Workers] = None
+        self._exchange: Optional[CheckpointExchange] = None
+        self._update: Optional[int] = None
+        self._epoch = 1
+        self._init_hash: Optional[str] = None
+        self._restored: Mapping[str, Any] = {}
+        self._seconds = 0.0
+        self._sums: Optional[Tensor] = None  # of loss, agreement, positions, unusable peers since the last boundary
+        self._means = (0.0, 0.0)  # loss and agreement per position, at the last boundary
+
+    def begin_update(self, update: int, epoch: int) -> None:
+        """Get ready for the next update; calling it again for the same one changes nothing.
+
+        Args:
+            update: updates done so far, by the host's own counter.
+            epoch: the host's epoch, from 1.
+
+        Raises:
+            ConfigError: at the first update, when the run cannot be joined with these options.
+            ExchangeFailed: after trouble, with `on_error` "fail".
+        """
+        if update == self._update:
+            return
+        first = self._update is None
+        self._update, self._epoch = update, epoch
+        self.alpha = self._schedule.at(update + 1, epoch) if self.config.peers > 1 else 0.0
+        began = time.perf_counter()
+        if first:
+            self._start(update)
+        if update > 0 and update % self.config.interval == 0:
+            self._boundary(update, epoch)
+        self._seconds += time.perf_counter() - began
+        self._incidents.check()
+
+    @property
+    def active(self) -> bool:
+        """Whether this update has a penalty: alpha is not 0 and a peer is at hand."""
+        return self.alpha > 0 and self._exchange is not None and bool(self._exchange.in_use(self._update or 0))
+
+    def penalty(self, own: Tensor, forward: Callable[[nn.Module], Tensor], mask: Optional[Tensor] = None) -> Distilled:
+        """The distance of our predictions from the peers', not yet multiplied by `alpha`. Only while `active`.
+
+        Args:
+            own: our logits, (..., classes).
+            forward: gives a peer's logits for the same batch, of the same shape; called without autograd.
+            mask: (...), True where a position counts.
+
+        Returns:
+            The sum over positions of the mean over peers of D, with what goes with it.
+        """
+        assert self._exchange is not None, "there is no penalty while the codistiller is not active"
+        peers = self._exchange.predictions(forward, self._update or 0)
+        found = distill(own, peers, loss=self.config.loss, temperature=self.config.temperature, mask=mask)
+        with torch.no_grad():
+            sums = torch.stack(
+                [found.loss.detach().float(), found.agreement, found.positions, len(peers) - found.peers]
+            )
+            self._sums = sums if self._sums is None else self._sums + sums
+        return found
+
+    def metrics(self) -> dict[str, float]:
+        """Every key of `codistill.KEYS`; loss, agreement and distance are of the last boundary."""
+        update = self._update or 0
+        in_use = self._exchange.in_use(update).values() if self._exchange else []
+        counters = self._exchange.counters if self._exchange else {"sent": 0, "received": 0, "skipped": 0}
+        return {
+            "alpha": self.alpha,
+            "loss": self._means[0],
+            "agreement": self._means[1],
+            "peers": len(in_use),
+            "staleness": max((used.staleness(update) for used in in_use), default=0),
+            "gap": max((update - used.proposal.reference.update for used in in_use), default=0),
+            "distance": self._moved,
+            "sent": counters["sent"],
+            "received": counters["received"],
+            "seconds": self._seconds,
+            "skipped": counters["skipped"],
+            "incidents": self._incidents.total,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold, in plain types."""
+        return {
+            "update": self._update,
+            "init_hash": self._init_hash,
+            "in_use": self._exchange.state_dict() if self._exchange else self._restored.get("in_use", {}),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave; before the first `begin_update`."""
+        self._init_hash = state["init_hash"]
+        self._restored = dict(state)
+
+    def checkpoint_saved(self, update: int) -> None:
+        """A checkpoint of `update` is durable: a restart begins there, and the others may forget what is older."""
+        if self._exchange is not None:
+            self._exchange.set_floor(update)
+
+    def finish(self, update: int) -> None:
+        """Training has ended normally after `update` updates: publish the final snapshot and stop, within `timeout`."""
+        if self._update is None:
+            return
+        self._update = update
+        if self._exchange is not None:
+            self._exchange.finish(update, self._epoch, {"alpha": self.alpha})
+        self._report(update)
+        self.close()
+
+    def close(self) -> None:
+        """Stop what runs in the background; safe to call twice, and at any time."""
+        if self._exchange is not None:
+            self._exchange.close()
+        if self._workers is not None:
+            self._workers.close()
+
+    def _start(self, update: int) -> None:
+        self._workers = Workers(timeout=2 * self.config.timeout + 120)
+        state = self._state()
+        trainable = {name for name, p in self._model.named_parameters(remove_duplicate=False) if p.requires_grad}
+        self._distance = Distance(self._save_dir, trainable & distinct(state).keys())
+        if self._init_hash is None:
+            self._init_hash = weights_hash(state)
+            if self._workers.first:
+                self._record_initial_weights(self._distance, state)
+        if self.config.peers == 1:
+            return
+        exchange = CheckpointExchange(
+            self.config, self._workers, self._save_dir, self._state, self._build_peer, self._incidents
+        )
+        exchange.load_state_dict(self._restored.get("in_use", {}))
+        terms = {name: getattr(self.config, name) for name in AGREED} | {"output": self._fingerprint}
+        exchange.start(Identity(self._fingerprint, self._init_hash), terms, update, self._measure_distance)
+        self._exchange = exchange
+
+    def _boundary(self, update: int, epoch: int) -> None:
+        self._settle_sums()
+        if self._exchange is None:
+            if self._workers is not None and self._workers.first:
+                self._measure_distance(self._state())
+        else:
+            self._exchange.boundary(update, epoch, {"alpha": self.alpha, "loss": self._means[0]})
+        self._report(update)
+
+    def _report(self, update: int) -> None:
+        if self._workers is not None and self._workers.first:
+            self._metrics_file.write({"update": update, "epoch": self._epoch, **self.metrics()})
+
+    def _settle_sums(self) -> None:
+        """Turn the sums since the last boundary into means: the only time that numbers are read off the device."""
+        if self._sums is None:
+            self._means = (0.0, 0.0)
+            return
+        loss, agreement, positions, unusable = self._sums.tolist()
+        self._sums = None
+        self._means = (loss / positions, agreement / positions) if positions else (0.0, 0.0)
+        if unusable:
+            self._incidents.report("non-finite", f"a peer's predictions were not finite in {unusable:g} batches")
+
+    def _measure_distance(self, state: Mapping[str, Tensor]) -> None:
+        if self._distance is None:
+            return
+        try:
+            self._moved = self._distance.measure(state)
+        except (OSError, SafetensorError) as error:
+            self._moved = math.nan
+            self._incidents.report("metrics", f"the distance from initialisation is not known: {error}")
+
+    def _record_initial_weights(self, distance: Distance, state: Mapping[str, Tensor]) -> None:
+        try:
+            distance.record(state)
+        except (OSError, SafetensorError) as error:
+            self._incidents.report("metrics", f"the initial weights could not be kept: {error}")
+
+    def _state(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self._model.state_dict().items() if isinstance(value, Tensor)}

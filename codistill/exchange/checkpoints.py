@@ -1,0 +1,360 @@
+"""Exchange by checkpoint: peers are modules of our own, holding the weights of their last accepted snapshot.
+
+Nothing here makes an update wait beyond one copy of the weights out, one copy in, and one meeting of this peer's
+workers; with `sync` the wait is asked for, and bounded. Whatever fails, the last good weights stay in use until they
+are too stale, and training goes on.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from codistill.config import CodistillConfig, ConfigError, flag
+from codistill.exchange.errors import Refused, StorageError
+from codistill.exchange.fetcher import HURRIED_SECONDS, NEWEST, Fetcher, Wish, snapshot_file
+from codistill.exchange.manifest import Reference
+from codistill.exchange.meeting import Proposal, Readiness, meet
+from codistill.exchange.membership import Identity, Membership, owner_token
+from codistill.exchange.objects import Objects
+from codistill.exchange.publisher import Publisher
+from codistill.exchange.snapshot import Template, load
+from codistill.exchange.store import RunStore
+from codistill.meters import Incidents
+from codistill.random_state import untouched_generators
+from codistill.workers import Workers, WorkersLost
+
+STORE_SECONDS = 60.0  # longest wait for the store before the first update
+
+
+@dataclass(frozen=True)
+class InUse:
+    """A peer's snapshot that predictions are compared with."""
+
+    proposal: Proposal
+    accepted: int  # own update at which it was taken up
+
+    def staleness(self, update: int) -> int:
+        """Own updates since it was taken up; a final snapshot never goes stale."""
+        return 0 if self.proposal.final else update - self.accepted
+
+
+class CheckpointExchange:
+    """This peer's side of the exchange; one object per worker, all of them called at the same updates."""
+
+    def __init__(
+        self,
+        config: CodistillConfig,
+        workers: Workers,
+        save_dir: Path,
+        state: Callable[[], Mapping[str, Tensor]],
+        build_peer: Callable[[], nn.Module],
+        incidents: Incidents,
+    ) -> None:
+        """Nothing is read or written before `start`.
+
+        Args:
+            config: validated options; its `dir` is set.
+            workers: of this peer.
+            save_dir: of this peer; holds the token that owns the peer number.
+            state: gives our own weights; live tensors.
+            build_peer: gives a module like ours, in the run's device, precision and memory format.
+            incidents: told of every refusal and fault.
+        """
+        self._config, self._workers, self._save_dir = config, workers, save_dir
+        self._state, self._build_peer, self._incidents = state, build_peer, incidents
+        self._others = [peer for peer in range(config.peers) if peer != config.peer]
+        self._store: Optional[RunStore] = None
+        self._folder = Path(tempfile.gettempdir())
+        self._template = Template({}, config.dtype)
+        self._publisher: Optional[Publisher] = None
+        self._fetcher: Optional[Fetcher] = None
+        self._modules: dict[int, nn.Module] = {}
+        self._in_use: dict[int, InUse] = {}
+        self._pending: dict[int, Proposal] = {}
+        self._opened: dict[int, dict[str, Tensor]] = {}
+        self._over = False
+
+    def start(
+        self,
+        identity: Identity,
+        terms: Mapping[str, Any],
+        update: int,
+        on_buffer: Callable[[Mapping[str, Tensor]], None],
+    ) -> None:
+        """Join the run and, after a resume, take up again what was in use.
+
+        Args:
+            identity: output space and initial weights of this peer.
+            terms: what all peers of the run must agree on.
+            update: updates done so far.
+            on_buffer: called in the background with every snapshot of ours.
+
+        Raises:
+            ConfigError: the dir cannot be opened, the run has other terms, the number is taken, or a synchronous run
+                cannot be resumed from here.
+        """
+        self._template = Template(self._state(), self._config.dtype)
+        token = owner_token(self._save_dir) if self._workers.first else ""
+        [key] = self._workers.share([int(token[:15] or "0", 16)])
+        self._folder = Path(tempfile.gettempdir()) / f"codistill-{key:015x}"
+        if self._workers.fetches:
+            self._store = RunStore(self._open(), self._config.run_id)
+        self._agree_to_join(lambda: self._join(token, identity, terms, update, on_buffer))
+        if self._workers.fetches:
+            self._start_fetcher(identity)
+        self._take_up_again(update)
+
+    def boundary(self, update: int, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Publish our weights and take up the peers'; called every `interval` updates.
+
+        Args:
+            update: updates done so far.
+            epoch: the host's epoch.
+            metrics: numbers for the manifest.
+        """
+        if self._over:
+            return
+        if self._publisher is not None:
+            self._publisher.publish(self._state(), update=update, epoch=epoch, metrics=metrics)
+        if self._config.sync:
+            self._await_update(update)
+        self._take_up(update, patient=self._config.sync)
+
+    def predictions(self, forward: Callable[[nn.Module], Tensor], update: int) -> list[Tensor]:
+        """Run `forward`, without autograd, on every peer that is not too stale; in the order of their numbers."""
+        with torch.no_grad():
+            return [forward(self._modules[peer]) for peer in sorted(self.in_use(update))]
+
+    def in_use(self, update: int) -> dict[int, InUse]:
+        """The peers whose snapshots are not too stale at `update`."""
+        bound = self._config.staleness_bound
+        return {peer: used for peer, used in self._in_use.items() if used.staleness(update) <= bound}
+
+    def set_floor(self, update: int) -> None:
+        """A checkpoint of `update` is on disk: that is where a restart would begin."""
+        if self._publisher is not None:
+            self._publisher.set_floor(self._needed_from(update))
+
+    def _needed_from(self, update: int) -> int:
+        """The boundary whose snapshots are in use when update `update` ends: the next boundary comes after it."""
+        return max(0, update - 1) // self._config.interval * self._config.interval
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Bytes sent and received, publications skipped: since the start, by this worker."""
+        return {
+            "sent": self._publisher.sent if self._publisher else 0,
+            "received": self._fetcher.received if self._fetcher else 0,
+            "skipped": self._publisher.skipped if self._publisher else 0,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is in use, in plain types."""
+        return {
+            str(peer): {
+                "incarnation": used.proposal.reference.incarnation,
+                "update": used.proposal.reference.update,
+                "sequence": used.proposal.reference.sequence,
+                "sha256": used.proposal.sha256,
+                "final": used.proposal.final,
+                "accepted": used.accepted,
+            }
+            for peer, used in self._in_use.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Remember what was in use; `start` fetches it again."""
+        for name, used in state.items():
+            reference = Reference(int(used["incarnation"]), int(used["update"]), int(used["sequence"]))
+            proposal = Proposal(int(name), reference, str(used["sha256"]), bool(used["final"]))
+            self._in_use[int(name)] = InUse(proposal, int(used["accepted"]))
+
+    def finish(self, update: int, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Training ended normally: publish the final snapshot, waiting at most `timeout` seconds."""
+        if self._publisher is not None and not self._over:
+            self._publisher.flush(self._config.timeout)
+            self._publisher.publish(self._state(), update=update, epoch=epoch, metrics=metrics, final=True)
+        self.close(ended=True)
+
+    def close(self, *, ended: bool = False) -> None:
+        """Stop the threads, letting a snapshot under way finish (bounded), and remove this machine's files."""
+        if self._over:
+            return
+        self._over = True
+        if self._publisher is not None:
+            self._publisher.close(self._config.timeout, ended=ended)
+        if self._fetcher is not None:
+            self._fetcher.close(seconds=1.0)
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _open(self) -> Objects:
+        try:
+            return Objects(str(self._config.dir))
+        except StorageError as error:
+            raise ConfigError(f"{flag('dir')} {self._config.dir}: cannot be opened: {error}") from None
+
+    def _agree_to_join(self, join: Callable[[], None]) -> None:
+        """Worker 0 joins; all workers end together if it cannot."""
+        refusal: Optional[ConfigError] = None
+        if self._workers.first:
+            try:
+                join()
+            except ConfigError as error:
+                refusal = error
+        [joined] = self._workers.share([refusal is None])
+        if not joined:
+            raise refusal or ConfigError("worker 0 of this peer could not join the run; its message says why")
+
+    def _join(
+        self,
+        token: str,
+        identity: Identity,
+        terms: Mapping[str, Any],
+        update: int,
+        on_buffer: Callable[[Mapping[str, Tensor]], None],
+    ) -> None:
+        membership = Membership(self._reached_store, self._config.peer, token, terms)
+        try:
+            membership.join()
+        except StorageError as error:  # the publisher tries again with every heartbeat
+            self._incidents.report(error.cause, str(error))
+        self._publisher = Publisher(
+            self._reached_store,
+            membership,
+            self._config,
+            identity,
+            self._incidents,
+            lambda: self._fetcher.lowest_floor() if self._fetcher else 0,
+            on_buffer,
+        )
+        self._publisher.start(floor=self._needed_from(update))
+
+    def _start_fetcher(self, identity: Identity) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)  # left by a killed predecessor with our token
+        self._folder.mkdir(mode=0o700)
+        self._fetcher = Fetcher(
+            self._reached_store,
+            self._folder,
+            self._others,
+            self._template,
+            self._config.dtype,
+            identity,
+            self._incidents,
+        )
+        self._fetcher.start()
+
+    def _take_up_again(self, update: int) -> None:
+        """After a resume: fetch exactly what was in use; then look for what is new."""
+        before, self._in_use = self._in_use, {}
+        if before and self._guide is not None:
+            for peer, used in before.items():
+                self._guide.wish(peer, Wish(reference=used.proposal.reference))
+            self._guide.wait(min(STORE_SECONDS, self._config.timeout))
+        if before:
+            self._take_up(update, patient=True)
+        self._in_use = {p: InUse(used.proposal, before[p].accepted) for p, used in self._in_use.items()}
+        for peer in sorted(before.keys() - self._in_use.keys()):
+            self._miss(peer, before[peer].proposal.reference.update, update)
+        if self._guide is not None and not self._config.sync:
+            for peer in self._others:
+                self._guide.wish(peer, NEWEST)
+
+    def _miss(self, peer: int, theirs: int, update: int) -> None:
+        message = f"the snapshot of peer {peer} at update {theirs}, in use at update {update}, is gone"
+        if self._config.sync:
+            raise ConfigError(
+                f"{flag('sync')}: cannot resume from update {update}: {message}; "
+                f"resume from the newest checkpoint, or start again with a new {flag('run-id')}"
+            )
+        if self._workers.first:
+            self._incidents.report("gone", message, about=str(peer))
+
+    @property
+    def _reached_store(self) -> RunStore:
+        assert self._store is not None, "only workers that publish or fetch open the store"
+        return self._store
+
+    @property
+    def _guide(self) -> Optional[Fetcher]:
+        """Worker 0's fetcher, whose finds are proposed to all workers; None on the others."""
+        return self._fetcher if self._workers.first else None
+
+    def _await_update(self, update: int) -> None:
+        """Sync mode, worker 0: store our snapshot and wait for the others' of the same update, both bounded."""
+        if self._publisher is not None and not self._publisher.flush(self._config.timeout):
+            self._incidents.report("late", f"our own snapshot of update {update} was not stored in time")
+        if self._guide is not None:
+            for peer in self._others:
+                self._guide.wish(peer, Wish(update=update))
+            self._guide.wait(self._config.timeout)
+            for peer in self._others:
+                if self._guide.found(peer) is None:
+                    message = f"no snapshot of peer {peer} at update {update}; going on without"
+                    self._incidents.report("late", message, about=str(peer))
+
+    def _take_up(self, update: int, *, patient: bool) -> None:
+        """Let the workers meet, and swap to what all of them have; `patient`: until nothing is pending, bounded."""
+        deadline = time.monotonic() + self._config.timeout
+        self._propose()
+        while True:
+            try:
+                agreed = meet(self._workers, self._others, self._pending, self._readiness)
+            except WorkersLost as error:
+                self._incidents.report("workers", f"{error}; the exchange is over, training goes on")
+                self.close()
+                return
+            for peer, (proposal, answer) in agreed.items():
+                if answer is Readiness.READY:
+                    self._swap(proposal, update)
+                if answer is not Readiness.PENDING:
+                    self._pending.pop(peer, None)
+            self._opened.clear()
+            if not patient or all(answer is not Readiness.PENDING for _, answer in agreed.values()):
+                return
+            if time.monotonic() > deadline:
+                self._pending.clear()  # worker 0's word: the next meeting, with nothing proposed, is the last
+            time.sleep(HURRIED_SECONDS)
+
+    def _propose(self) -> None:
+        """Worker 0: name what is new, sticking to what is still pending until every worker has answered for it."""
+        if self._guide is None:
+            return
+        for peer in self._others:
+            manifest = self._guide.found(peer)
+            used = self._in_use.get(peer)
+            if manifest is None or (used is not None and used.proposal.sha256 == manifest.sha256):
+                continue
+            self._pending.setdefault(peer, Proposal.of(manifest))
+
+    def _readiness(self, proposal: Proposal) -> Readiness:
+        """Whether this worker can swap to `proposal` right now; if it cannot, see to it that it can next time."""
+        path = snapshot_file(self._folder, proposal.sha256)
+        try:
+            self._opened[proposal.peer] = self._template.open(path, verified=True)
+            return Readiness.READY
+        except FileNotFoundError:
+            pass
+        except (OSError, Refused) as error:
+            self._incidents.report("disk", f"{path}: {error}", about=str(proposal.peer))
+            return Readiness.REFUSED
+        if self._fetcher is None:
+            return Readiness.PENDING
+        self._fetcher.wish(proposal.peer, Wish(reference=proposal.reference))
+        return Readiness.REFUSED if self._fetcher.hopeless(proposal.peer) else Readiness.PENDING
+
+    def _swap(self, proposal: Proposal, update: int) -> None:
+        peer = proposal.peer
+        if peer not in self._modules:
+            with untouched_generators():
+                self._modules[peer] = self._build_peer().eval().requires_grad_(False)
+        load(self._modules[peer].state_dict(), self._opened[peer])
+        self._in_use[peer] = InUse(proposal, update)

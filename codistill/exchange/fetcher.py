@@ -1,0 +1,254 @@
+"""Fetching and verifying peers' snapshots from a background thread, once per machine.
+
+A verified snapshot is a file named by its sha256 in a private folder of this machine, which the machine's workers map.
+Nothing unverified ever carries such a name. A refusal is an incident and that manifest is not tried again; trouble with
+the store is an incident and tried again at the next look.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+from codistill.exchange.errors import ExchangeError, Refused
+from codistill.exchange.manifest import Latest, Manifest, Reference
+from codistill.exchange.membership import Identity
+from codistill.exchange.snapshot import Template
+from codistill.exchange.store import RunStore
+from codistill.meters import Incidents
+
+POLL_SECONDS = 0.5
+HURRIED_SECONDS = 0.02
+FILES_PER_PEER = 3
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Which of a peer's snapshots is wanted: the one at `update`, or exactly `reference`; neither: the newest."""
+
+    update: Optional[int] = None
+    reference: Optional[Reference] = None
+
+
+NEWEST = Wish()
+
+
+def snapshot_file(folder: Path, sha256: str) -> Path:
+    """Where a verified snapshot lies on a machine."""
+    return folder / f"{sha256}.safetensors"
+
+
+class Fetcher:
+    """Reads for every worker on this machine.
+
+    Attributes:
+        received: bytes of snapshots fetched so far.
+    """
+
+    def __init__(
+        self,
+        store: RunStore,
+        folder: Path,
+        peers: Iterable[int],
+        template: Template,
+        dtype: str,
+        identity: Identity,
+        incidents: Incidents,
+    ) -> None:
+        """Nothing is read before `start`, and no peer before it is wished for.
+
+        Args:
+            store: where the snapshots are.
+            folder: private folder of this machine; its files belong to this object.
+            peers: numbers of the other peers.
+            template: what a snapshot must look like.
+            dtype: wire dtype that the run agreed on.
+            identity: of this peer; a snapshot needs the same output space and other initial weights.
+            incidents: told of every refusal and fault.
+        """
+        self._store, self._folder, self._peers = store, folder, sorted(peers)
+        self._template, self._dtype = template, dtype
+        self._identity, self._incidents = identity, incidents
+        self._wishes: dict[int, Wish] = {}
+        self._found: dict[int, Manifest] = {}
+        self._hopeless: set[int] = set()
+        self._latest: dict[int, Latest] = {}
+        self._highest: dict[int, tuple[int, int]] = {}
+        self._refused: set[str] = set()
+        self._files: dict[int, deque[Path]] = {peer: deque() for peer in self._peers}
+        self._changed = threading.Condition()  # guards `_wishes`, `_found`, `_hopeless`, `_hurried`, `_stopping`
+        self._hurried = False
+        self._stopping = False
+        self._thread = threading.Thread(target=self._loop, name="codistill-fetch", daemon=True)
+        self.received = 0
+
+    def start(self) -> None:
+        """Begin to look."""
+        self._thread.start()
+
+    def close(self, seconds: float) -> None:
+        """Stop; a transfer under way is given `seconds`, then left to the daemon thread."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+
+    def wish(self, peer: int, wish: Wish) -> None:
+        """From now on look for this snapshot of `peer`."""
+        with self._changed:
+            if self._wishes.get(peer) == wish:
+                return
+            self._wishes[peer] = wish
+            self._found.pop(peer, None)
+            self._hopeless.discard(peer)
+            self._changed.notify_all()
+
+    def found(self, peer: int) -> Optional[Manifest]:
+        """The verified snapshot that fulfils the wish, if it is here already."""
+        with self._changed:
+            return self._found.get(peer)
+
+    def hopeless(self, peer: int) -> bool:
+        """Whether the wish cannot be fulfilled: the snapshot is gone, or was refused."""
+        with self._changed:
+            return peer in self._hopeless
+
+    def wait(self, seconds: float) -> None:
+        """Look without pause until every wish is fulfilled or hopeless, or `seconds` have passed."""
+        with self._changed:
+            self._hurried = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: all(p in self._found or p in self._hopeless for p in self._wishes), seconds)
+            self._hurried = False
+
+    def lowest_floor(self) -> int:
+        """The lowest update that any other peer could restart from; 0 while one has not been heard of."""
+        return min((self._latest[p].resume_floor if p in self._latest else 0 for p in self._peers), default=0)
+
+    def _loop(self) -> None:
+        while True:
+            for peer in self._peers:
+                self._look(peer)
+            with self._changed:
+                if self._stopping:
+                    return
+                wishes = dict(self._wishes)
+                pause = HURRIED_SECONDS if self._hurried else POLL_SECONDS
+                self._changed.wait_for(functools.partial(self._called, wishes), pause)
+
+    def _called(self, wishes: dict[int, Wish]) -> bool:
+        return self._stopping or self._wishes != wishes
+
+    def _look(self, peer: int) -> None:
+        with self._changed:
+            wish = self._wishes.get(peer)
+            fulfilled = peer in self._found
+        if wish is None or self._stopping:
+            return
+        try:
+            manifest = self._resolve(peer, wish, fulfilled)
+            if manifest is None or manifest.sha256 in self._refused:
+                return
+            if not snapshot_file(self._folder, manifest.sha256).exists():
+                self._fetch(peer, manifest)
+            self._settle(peer, wish, manifest)
+        except Refused as error:
+            self._give_up(peer, wish)
+            self._incidents.report(error.cause, f"peer {peer}: {error}", about=str(peer))
+        except ExchangeError as error:
+            self._incidents.report(error.cause, f"peer {peer}: {error}", about=str(peer))
+        except OSError as error:
+            self._incidents.report("disk", f"peer {peer}: {self._folder}: {error.strerror}", about=str(peer))
+        except Exception as error:  # a fault of ours must not end the run either
+            self._incidents.report("internal", f"peer {peer}: fetching failed: {type(error).__name__}: {error}")
+
+    def _resolve(self, peer: int, wish: Wish, fulfilled: bool) -> Optional[Manifest]:
+        """The manifest that the wish means right now, or None while there is none (new)."""
+        if fulfilled and wish != NEWEST:
+            return None
+        latest = self._store.latest(peer)
+        if latest is None:
+            return None
+        self._latest[peer] = latest
+        if wish.reference is not None:
+            return self._exactly(peer, wish, wish.reference)
+        if wish.update is not None:
+            at_update = [r for r in latest.retained if r.update == wish.update]
+            if at_update:
+                return self._exactly(peer, wish, at_update[-1])
+            finished = latest.closed and latest.manifest is not None and latest.manifest.final
+            return latest.manifest if finished else None
+        return self._newer(peer, latest.manifest)
+
+    def _exactly(self, peer: int, wish: Wish, reference: Reference) -> Optional[Manifest]:
+        manifest = self._store.manifest(peer, reference)
+        if manifest is None:
+            self._give_up(peer, wish)
+        return manifest
+
+    def _newer(self, peer: int, manifest: Optional[Manifest]) -> Optional[Manifest]:
+        if manifest is None:
+            return None
+        at, highest = (manifest.incarnation, manifest.sequence), self._highest.get(peer, (0, 0))
+        if at == highest:
+            return None
+        self._highest[peer] = max(at, highest)
+        if at < highest:
+            raise Refused("rollback", f"snapshot {at} (incarnation, sequence) is older than {highest}, seen before")
+        return manifest
+
+    def _fetch(self, peer: int, manifest: Manifest) -> None:
+        """Bring the payload here and verify it: bytes, sha256, header, names, shapes, dtypes, finiteness."""
+        part = self._folder / f"{manifest.sha256}.part"
+        try:
+            self._check_identity(manifest)
+            limit = self._template.limit
+            if manifest.bytes > limit:
+                raise Refused("size", f"{manifest.bytes} bytes, but a snapshot of this model has at most {limit}")
+            if not self._store.download(manifest, part):
+                self._highest.pop(peer, None)  # pruned under our hands: read the manifest again
+                raise ExchangeError("pruned", f"update {manifest.update} was pruned before it was read")
+            self.received += manifest.bytes
+            self._template.open(part)
+            self._remember(peer, snapshot_file(self._folder, manifest.sha256))
+            part.replace(snapshot_file(self._folder, manifest.sha256))
+        except Refused:
+            self._refused.add(manifest.sha256)
+            raise
+        except (ExchangeError, OSError):
+            self._highest.pop(peer, None)
+            raise
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _check_identity(self, manifest: Manifest) -> None:
+        if manifest.fingerprint != self._identity.fingerprint:
+            raise Refused("fingerprint", "its dictionary or class list differs from ours")
+        if manifest.dtype != self._dtype:
+            raise Refused("dtype", f"its weights travel as {manifest.dtype}, the run agreed on {self._dtype}")
+        if manifest.init_hash == self._identity.init_hash:
+            raise Refused("init", "it started from the same initial weights as this peer; give each peer its own seed")
+
+    def _remember(self, peer: int, path: Path) -> None:
+        files = self._files[peer]
+        files.append(path)
+        while len(files) > FILES_PER_PEER:
+            files.popleft().unlink(missing_ok=True)  # workers that mapped it keep it
+
+    def _settle(self, peer: int, wish: Wish, manifest: Manifest) -> None:
+        with self._changed:
+            if self._wishes.get(peer) == wish:
+                self._found[peer] = manifest
+                self._changed.notify_all()
+
+    def _give_up(self, peer: int, wish: Wish) -> None:
+        with self._changed:
+            if self._wishes.get(peer) == wish and wish != NEWEST:
+                self._hopeless.add(peer)
+                self._changed.notify_all()

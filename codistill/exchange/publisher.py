@@ -1,0 +1,271 @@
+"""Publishing this peer's snapshots from a background thread.
+
+`publish` copies the weights into one persistent host buffer and returns; hashing, storing and pruning happen behind
+the training thread's back. While the buffer is busy a publication is skipped and counted. A second thread keeps the
+heartbeat in `latest.json`. What the store does wrong is an incident; the next publication simply tries again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import secrets
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Optional
+
+from torch import Tensor
+
+from codistill.config import CodistillConfig, ConfigError
+from codistill.exchange.errors import ExchangeError
+from codistill.exchange.manifest import RETAINED, Latest, Manifest, Reference
+from codistill.exchange.membership import HEARTBEAT_SECONDS, Identity, Membership
+from codistill.exchange.snapshot import HostBuffer
+from codistill.exchange.store import RunStore
+from codistill.meters import Incidents
+
+
+@dataclass(frozen=True)
+class _Job:
+    update: int
+    epoch: int
+    final: bool
+    metrics: Mapping[str, float]
+
+
+class Publisher:
+    """Worker 0's writing half of the exchange.
+
+    Attributes:
+        sent: bytes of snapshots put on the store so far.
+        skipped: publications skipped because the buffer was busy.
+    """
+
+    def __init__(
+        self,
+        store: RunStore,
+        membership: Membership,
+        config: CodistillConfig,
+        identity: Identity,
+        incidents: Incidents,
+        lowest_floor: Callable[[], int],
+        on_buffer: Callable[[Mapping[str, Tensor]], None] = lambda views: None,
+    ) -> None:
+        """Nothing starts before `start`.
+
+        Args:
+            store: where snapshots go.
+            membership: this process's place in the run, joined or still to be joined.
+            config: the run's options.
+            identity: goes into every manifest.
+            incidents: told of every fault.
+            lowest_floor: the lowest update any peer could restart from; nothing from there on is pruned in sync mode.
+            on_buffer: called in the background with the buffer's tensors before they are stored.
+        """
+        self._store, self._membership, self._config = store, membership, config
+        self._identity, self._incidents, self._lowest_floor = identity, incidents, lowest_floor
+        self._on_buffer = on_buffer
+        self._buffer: Optional[HostBuffer] = None
+        self._latest: Optional[Latest] = None
+        self._lock = threading.RLock()  # of `_latest` and its overwriting
+        self._job: Optional[_Job] = None
+        self._changed = threading.Condition()  # guards `_job` and `_stopping`
+        self._stopping = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._retired = False  # another process has our number, or the run has other terms: nothing is written any more
+        self._floor = 0
+        self._sequence = 0
+        self.sent = 0
+        self.skipped = 0
+
+    def start(self, floor: int) -> None:
+        """Begin the heartbeat and wait for publications.
+
+        Args:
+            floor: the update this process starts from.
+        """
+        self._floor = floor
+        for loop in (self._publish_loop, self._heartbeat_loop):
+            thread = threading.Thread(target=loop, name=f"codistill{loop.__name__}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def publish(
+        self, state: Mapping[str, Tensor], *, update: int, epoch: int, metrics: Mapping[str, float], final: bool = False
+    ) -> bool:
+        """Copy `state` and have it published; returns at once.
+
+        Returns:
+            False when the last publication was still under way, and this one is skipped.
+        """
+        if self._job is not None or self._stopping.is_set():
+            self.skipped += 1
+            return False
+        if self._buffer is None:
+            self._buffer = HostBuffer(state, self._config.dtype)
+        self._buffer.fill(state)
+        with self._changed:
+            if self._stopping.is_set():
+                return False
+            self._job = _Job(update, epoch, final, dict(metrics))
+            self._changed.notify_all()
+        return True
+
+    def flush(self, seconds: float) -> bool:
+        """Wait until nothing is under way; False if it took longer than `seconds`."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._job is None, seconds)
+
+    def set_floor(self, update: int) -> None:
+        """From now on this peer can restart from `update`; told to the others with the next heartbeat."""
+        self._floor = update
+
+    def close(self, seconds: float, *, ended: bool) -> None:
+        """Let what is under way finish, for at most `seconds`, then stop.
+
+        Args:
+            seconds: the bound.
+            ended: training ended normally: `latest.json` says so.
+        """
+        flushed = self.flush(seconds)
+        self._stop()
+        if not flushed:
+            self._incidents.report(
+                "storage", f"the last snapshot was still being stored after {seconds:g} s; left behind"
+            )
+            return
+        for thread in self._threads:
+            thread.join(seconds)
+        if self._latest is not None and not self._retired:
+            self._attempt(lambda: self._overwrite(closed=ended))
+
+    def _publish_loop(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._job is not None or self._stopping.is_set())
+                job = self._job
+            if job is None or self._buffer is None:
+                return
+            self._attempt(functools.partial(self._store_snapshot, self._buffer, job))
+            with self._changed:
+                self._job = None
+                self._changed.notify_all()
+
+    def _heartbeat_loop(self) -> None:
+        while True:
+            self._attempt(self._beat)
+            if self._stopping.wait(HEARTBEAT_SECONDS):
+                return
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except ExchangeError as error:
+            self._incidents.report(error.cause, str(error))
+        except ConfigError as error:
+            self._retire("terms", str(error))
+        except Exception as error:  # a fault of ours must not end the run either
+            self._incidents.report("internal", f"publishing failed: {type(error).__name__}: {error}")
+
+    def _beat(self) -> None:
+        self._joined()
+        if self._membership.superseded():
+            self._retire(
+                "superseded", f"peer {self._config.peer} was started again elsewhere; this process publishes no more"
+            )
+            return
+        self._overwrite()
+
+    def _retire(self, cause: str, message: str) -> None:
+        self._retired = True
+        self._stop()
+        self._incidents.report(cause, message)
+
+    def _stop(self) -> None:
+        with self._changed:
+            self._stopping.set()
+            self._changed.notify_all()
+
+    def _joined(self) -> Latest:
+        """Our `latest.json`; joins now if the store did not answer at the start, and takes over what was left there."""
+        with self._lock:
+            if self._latest is not None:
+                return self._latest
+            if self._membership.incarnation == 0:
+                self._membership.join()
+            before = self._membership.before
+            self._latest = Latest(
+                run=self._config.run_id,
+                peer=self._config.peer,
+                incarnation=self._membership.incarnation,
+                token=self._membership.token,
+                heartbeat=before.heartbeat if before else 0,
+                resume_floor=self._floor,
+                closed=False,
+                manifest=before.manifest if before else None,
+                retained=before.retained if before else (),
+            )
+            return self._latest
+
+    def _overwrite(self, **changes: Any) -> None:
+        with self._lock:
+            before = self._joined()
+            latest = replace(before, heartbeat=before.heartbeat + 1, resume_floor=self._floor, **changes)
+            self._store.put_latest(latest)
+            self._latest = latest
+
+    def _store_snapshot(self, buffer: HostBuffer, job: _Job) -> None:
+        retained = self._joined().retained
+        if self._retired:
+            return
+        self._on_buffer(buffer.tensors())
+        payload = buffer.view()
+        digest = hashlib.sha256(payload).hexdigest()
+        self._sequence += 1
+        manifest = Manifest(
+            run=self._config.run_id,
+            peer=self._config.peer,
+            incarnation=self._membership.incarnation,
+            sequence=self._sequence,
+            update=job.update,
+            epoch=job.epoch,
+            final=job.final,
+            payload=f"{job.update}-{secrets.token_hex(8)}.safetensors",
+            bytes=len(payload),
+            sha256=digest,
+            dtype=self._config.dtype,
+            fingerprint=self._identity.fingerprint,
+            init_hash=self._identity.init_hash,
+            metrics=job.metrics,
+            architecture=None,
+        )
+        if self._config.sync:
+            self._compare_with_earlier(retained, job.update, digest)
+        self._store.put_snapshot(manifest, payload)
+        self.sent += len(payload)
+        new = Reference(manifest.incarnation, manifest.update, manifest.sequence)
+        kept, dropped = self._split((*retained, new))
+        self._overwrite(manifest=manifest, retained=kept)
+        self._store.delete(self._config.peer, dropped)
+
+    def _compare_with_earlier(self, retained: tuple[Reference, ...], update: int, digest: str) -> None:
+        """In sync mode a restarted peer must come to the same weights again."""
+        for reference in retained:
+            if reference.update == update:
+                earlier = self._store.manifest(self._config.peer, reference)
+                if earlier is not None and earlier.sha256 != digest:
+                    self._incidents.report(
+                        "not-reproduced",
+                        f"update {update} came out differently than before the restart; "
+                        "with --codistill-sync the others may have used the earlier weights",
+                    )
+
+    def _split(self, retained: tuple[Reference, ...]) -> tuple[tuple[Reference, ...], tuple[Reference, ...]]:
+        """What stays on the store and what goes: never the newest `keep`; in sync mode nothing that a restart needs."""
+        needed_from = self._lowest_floor() if self._config.sync else None
+        newest = retained[-self._config.keep :]
+        kept = tuple(r for r in retained if r in newest or (needed_from is not None and r.update >= needed_from))[
+            -RETAINED:
+        ]
+        return kept, tuple(r for r in retained if r not in kept)
