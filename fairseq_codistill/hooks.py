@@ -1,0 +1,181 @@
+"""Where the criterion hooks into fairseq: the task instance, the optimiser's groups, the end of training.
+
+fairseq hands its update counter only to `task.train_step`, asks the task instance for what a checkpoint shall hold,
+and has no end-of-training hook: the record "done training" of its own log is the sign. A process that ends without it
+leaves its last snapshot not marked final.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+from multiprocessing.util import Finalize
+from pathlib import Path
+from typing import Any, Optional
+
+from fairseq.distributed import LegacyDistributedDataParallel, ModuleProxyWrapper
+from fairseq.logging import metrics
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from codistill import CodistillConfig, Codistiller, ConfigError, ExchangeFailed, Piecewise
+
+_WRAPPERS = (ModuleProxyWrapper, DistributedDataParallel, LegacyDistributedDataParallel)
+_STATE = "codistill"
+
+
+class TaskHooks:
+    """Wraps the task instance's `train_step`, `begin_epoch` and checkpoint methods.
+
+    Attributes:
+        codistiller: made at the first update; None before.
+        update: updates done so far, by fairseq's counter.
+        epoch: fairseq's epoch, from 1.
+        dummy: the batch at hand only keeps this worker in step; its loss is multiplied by 0.
+    """
+
+    def __init__(self, task: Any, config: CodistillConfig, root: Any) -> None:
+        """Take the place of the methods on `task`; `root` is fairseq's whole configuration."""
+        self.codistiller: Optional[Codistiller] = None
+        self.update = 0
+        self.epoch = 1
+        self.dummy = False
+        self._task, self._config, self._root = task, config, root
+        schedule = config.weight_decay_schedule()
+        self._weight_decay = WeightDecay(schedule) if schedule is not None else None
+        self._restored: Optional[dict[str, Any]] = None
+        self._checkpoint_under_way = False
+        self._host_train_step = task.train_step
+        self._host_begin_epoch = task.begin_epoch
+        self._host_get = getattr(task, "get_checkpoint_dict", dict)
+        self._host_set = getattr(task, "set_checkpoint_dict", None)
+        task.train_step = self._train_step
+        task.begin_epoch = self._begin_epoch
+        task.get_checkpoint_dict = self._get_checkpoint_dict
+        task.set_checkpoint_dict = self._set_checkpoint_dict
+
+    def _train_step(
+        self,
+        sample: Any,
+        model: nn.Module,
+        criterion: nn.Module,
+        optimizer: Any,
+        update_num: int,
+        ignore_grad: bool = False,
+        **extra: Any,
+    ) -> Any:
+        self.update, self.dummy = update_num, ignore_grad
+        try:
+            self._begin_update(model, optimizer)
+        except (ConfigError, ExchangeFailed) as error:
+            raise SystemExit(str(error)) from None
+        return self._host_train_step(
+            sample=sample,
+            model=model,
+            criterion=criterion,
+            optimizer=optimizer,
+            update_num=update_num,
+            ignore_grad=ignore_grad,
+            **extra,
+        )
+
+    def _begin_update(self, model: nn.Module, optimizer: Any) -> None:
+        if self.codistiller is None:
+            self.codistiller = self._build(_unwrapped(model))
+        if self._checkpoint_under_way:  # fairseq goes on training only when it is written
+            self._checkpoint_under_way = False
+            self.codistiller.checkpoint_saved(self.update)
+        self.codistiller.begin_update(self.update, self.epoch)
+        if self._weight_decay is not None:
+            self._weight_decay.apply(optimizer, self.update, self.epoch - 1)
+        for key, value in self.codistiller.metrics().items():
+            if key not in ("loss", "agreement"):  # these come from the logging outputs of all workers
+                metrics.log_scalar(f"codistill_{key}", value, weight=0, priority=1500, round=6)
+
+    def _build(self, model: nn.Module) -> Codistiller:
+        codistiller = Codistiller(
+            self._config,
+            model=model,
+            build_peer=lambda: self._build_peer(model),
+            fingerprint=fingerprint(self._task.target_dictionary),
+            save_dir=Path(self._root.checkpoint.save_dir),
+        )
+        if self._restored is not None:
+            codistiller.load_state_dict(self._restored)
+        Finalize(None, codistiller.close, exitpriority=10)  # unlike atexit also where fairseq spawned the process
+        logging.getLogger("fairseq_cli.train").addFilter(self._see_the_end)
+        return codistiller
+
+    def _build_peer(self, model: nn.Module) -> nn.Module:
+        """A module like ours. On a copy of the task: building a model may set the task's generator (`--eval-bleu`)."""
+        parameter = next(model.parameters())
+        return copy.copy(self._task).build_model(self._root.model).to(device=parameter.device, dtype=parameter.dtype)
+
+    def _begin_epoch(self, epoch: int, model: nn.Module) -> Any:
+        self.epoch = epoch
+        return self._host_begin_epoch(epoch, model)
+
+    def _get_checkpoint_dict(self) -> dict[str, Any]:
+        """What fairseq merges into `extra_state`: ours beside the task's own, under the task's class name."""
+        host: dict[str, Any] = self._host_get()
+        if self.codistiller is None:
+            return host
+        name = type(self._task).__name__
+        state = self.codistiller.state_dict()
+        if self._weight_decay is not None:
+            state["decaying"] = self._weight_decay.decaying
+        checkpoint = self._root.checkpoint
+        self._checkpoint_under_way = not (checkpoint.no_last_checkpoints or checkpoint.write_checkpoints_asynchronously)
+        return {**host, name: {**host.get(name, {}), _STATE: state}}
+
+    def _set_checkpoint_dict(self, state: dict[str, Any]) -> None:
+        self._restored = state.get(_STATE)
+        if self._weight_decay is not None and self._restored is not None:
+            self._weight_decay.decaying = self._restored.get("decaying")
+        if self._host_set is not None:
+            self._host_set({key: value for key, value in state.items() if key != _STATE})
+
+    def _see_the_end(self, record: logging.LogRecord) -> bool:
+        if self.codistiller is not None and record.getMessage().startswith("done training"):
+            self.codistiller.finish(int(metrics.get_meter("default", "num_updates").val))
+        return True
+
+
+class WeightDecay:
+    """Sets a scheduled weight decay on the optimiser's groups; groups that had none keep none.
+
+    Attributes:
+        decaying: for each group, whether it had any; kept in checkpoints, since a schedule may have set all to 0.
+    """
+
+    def __init__(self, schedule: Piecewise) -> None:
+        """Groups are looked at when the schedule is first applied."""
+        self._schedule = schedule
+        self.decaying: Optional[list[bool]] = None
+
+    def apply(self, optimizer: Any, update: int, epochs: int) -> None:
+        """Set the value for `update` updates and `epochs` epochs done."""
+        groups = optimizer.param_groups
+        if self.decaying is None:
+            self.decaying = [group.get("weight_decay", 0.0) != 0 for group in groups]
+            if not any(self.decaying):
+                raise ConfigError(
+                    "--codistill-weight-decay: --weight-decay is 0, so no parameter has any; "
+                    "give --weight-decay the schedule's first value"
+                )
+        value = self._schedule.at(update=update, epochs=epochs)
+        for group, decays in zip(groups, self.decaying, strict=True):
+            if decays:
+                group["weight_decay"] = value
+
+
+def fingerprint(dictionary: Any) -> str:
+    """sha256 (hex) of a fairseq dictionary: its symbols in the order of the model's classes."""
+    return hashlib.sha256("\n".join(dictionary.symbols).encode()).hexdigest()
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while isinstance(model, _WRAPPERS):
+        model = model.module
+    return model
