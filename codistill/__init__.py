@@ -15,10 +15,13 @@ _HOMES = {
     "Codistiller": "codistill.codistiller",
     "CodistillConfig": "codistill.config",
     "ConfigError": "codistill.config",
+    "DataConfig": "codistill.config",
     "ExchangeFailed": "codistill.meters",
     "KEYS": "codistill.meters",
     "Piecewise": "codistill.schedules",
+    "WeightDecay": "codistill.weight_decay",
     "flag": "codistill.config",
+    "kept_items": "codistill.data",
     "untouched_generators": "codistill.random_state",
 }
 __all__ = sorted([*_HOMES, "__version__"])

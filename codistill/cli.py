@@ -5,8 +5,10 @@ exit with 1 (bad arguments, as argparse has it, with 2). No host framework is im
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import sys
+import textwrap
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -45,6 +47,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     user_dir.add_argument("framework", choices=sorted(USER_DIRS), help="the host framework")
     user_dir.set_defaults(run=_user_dir)
+
+    options = commands.add_parser(
+        "options",
+        help="list every --codistill option with its default",
+        description="Lists the options that the plug-ins add to a host framework's training command, with their "
+        "defaults. (fairseq-train --help shows no plug-in's options.)",
+    )
+    options.set_defaults(run=_options)
     return parser
 
 
@@ -58,6 +68,17 @@ def _user_dir(arguments: argparse.Namespace) -> int:
         )
         return 1
     print(Path(spec.origin).resolve().parent)
+    return 0
+
+
+def _options(_: argparse.Namespace) -> int:
+    from codistill.config import CodistillConfig, DataConfig, flag  # loads torch, which the other commands do without
+
+    for item in (*dataclasses.fields(CodistillConfig), *dataclasses.fields(DataConfig)):
+        choices = item.metadata["choices"]
+        values = f" {{{','.join(choices)}}}" if choices else ""
+        print(f"{flag(item.name)}{values} (default: {item.default})")
+        print(textwrap.fill(item.metadata["help"], 100, initial_indent="    ", subsequent_indent="    "))
     return 0
 
 

@@ -39,6 +39,28 @@ def option(default: Any, help: str, choices: Optional[tuple[str, ...]] = None) -
 
 
 @dataclass
+class DataConfig:
+    """Which part of the training set to use; a baseline and the peers compared with it use the same."""
+
+    data_fraction: float = option(1.0, "train on this fraction of the training set, above 0 and up to 1")
+    data_seed: int = option(0, "which items the fraction holds; the same for all trainings that are compared")
+
+    def __post_init__(self) -> None:
+        """Judge the values at once.
+
+        Raises:
+            ConfigError: when the fraction is not one.
+        """
+        if not 0 < self.data_fraction <= 1:
+            raise ConfigError(
+                f"{flag('data_fraction')} {self.data_fraction}: must be above 0 and at most 1; "
+                "leave it out to train on everything"
+            )
+        if self.data_seed < 0:
+            raise ConfigError(f"{flag('data_seed')} {self.data_seed}: must be 0 or more")
+
+
+@dataclass
 class CodistillConfig:
     """What one peer is told. Updates are optimiser steps, counted by the host framework."""
 

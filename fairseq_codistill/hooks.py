@@ -19,7 +19,7 @@ from fairseq.logging import metrics
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from codistill import CodistillConfig, Codistiller, ConfigError, ExchangeFailed, Piecewise
+from codistill import CodistillConfig, Codistiller, ConfigError, ExchangeFailed, WeightDecay
 
 _WRAPPERS = (ModuleProxyWrapper, DistributedDataParallel, LegacyDistributedDataParallel)
 _STATE = "codistill"
@@ -88,7 +88,7 @@ class TaskHooks:
             self.codistiller.checkpoint_saved(self.update)
         self.codistiller.begin_update(self.update, self.epoch)
         if self._weight_decay is not None:
-            self._weight_decay.apply(optimizer, self.update, self.epoch - 1)
+            self._weight_decay.apply(optimizer.param_groups, self.update, self.epoch - 1)
         for key, value in self.codistiller.metrics().items():
             if key not in ("loss", "agreement"):  # these come from the logging outputs of all workers
                 metrics.log_scalar(f"codistill_{key}", value, weight=0, priority=1500, round=6)
@@ -140,34 +140,6 @@ class TaskHooks:
         if self.codistiller is not None and record.getMessage().startswith("done training"):
             self.codistiller.finish(int(metrics.get_meter("default", "num_updates").val))
         return True
-
-
-class WeightDecay:
-    """Sets a scheduled weight decay on the optimiser's groups; groups that had none keep none.
-
-    Attributes:
-        decaying: for each group, whether it had any; kept in checkpoints, since a schedule may have set all to 0.
-    """
-
-    def __init__(self, schedule: Piecewise) -> None:
-        """Groups are looked at when the schedule is first applied."""
-        self._schedule = schedule
-        self.decaying: Optional[list[bool]] = None
-
-    def apply(self, optimizer: Any, update: int, epochs: int) -> None:
-        """Set the value for `update` updates and `epochs` epochs done."""
-        groups = optimizer.param_groups
-        if self.decaying is None:
-            self.decaying = [group.get("weight_decay", 0.0) != 0 for group in groups]
-            if not any(self.decaying):
-                raise ConfigError(
-                    "--codistill-weight-decay: --weight-decay is 0, so no parameter has any; "
-                    "give --weight-decay the schedule's first value"
-                )
-        value = self._schedule.at(update=update, epochs=epochs)
-        for group, decays in zip(groups, self.decaying, strict=True):
-            if decays:
-                group["weight_decay"] = value
 
 
 def fingerprint(dictionary: Any) -> str:

@@ -16,17 +16,20 @@ from codistill import CodistillConfig, ConfigError, Piecewise
 PREFIX = "codistill_"
 
 
-def _fields() -> list[tuple[str, Any, Any]]:
-    hints = typing.get_type_hints(CodistillConfig)
+def option_fields(options: type) -> list[tuple[str, Any, Any]]:
+    """The fields of a class of the core's options, as `dataclasses.make_dataclass` and fairseq's parser want them."""
+    hints = typing.get_type_hints(options)
     made = []
-    for item in dataclasses.fields(CodistillConfig):
+    for item in dataclasses.fields(options):
         choices = item.metadata["choices"]
         text = item.metadata["help"] + (f" (one of {', '.join(choices)})" if choices else "")
         made.append((PREFIX + item.name, hints[item.name], field(default=item.default, metadata={"help": text})))
     return made
 
 
-_Options = dataclasses.make_dataclass("_Options", _fields(), bases=(LabelSmoothedCrossEntropyCriterionConfig,))
+_Options = dataclasses.make_dataclass(
+    "_Options", option_fields(CodistillConfig), bases=(LabelSmoothedCrossEntropyCriterionConfig,)
+)
 
 
 @dataclass

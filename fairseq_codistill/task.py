@@ -4,25 +4,23 @@ The fraction depends on the data seed alone, so that a baseline and all peers tr
 their `--seed`. Validation and test sets are untouched.
 """
 
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
-import numpy
 from fairseq.data import BaseWrapperDataset, FairseqDataset
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
+from codistill import ConfigError, DataConfig, kept_items
+from fairseq_codistill.options import option_fields
+
+_DataOptions = dataclasses.make_dataclass("_DataOptions", option_fields(DataConfig), bases=(TranslationConfig,))
+
 
 @dataclass
-class CodistillTranslationConfig(TranslationConfig):
+class CodistillTranslationConfig(_DataOptions):  # type: ignore[misc, valid-type]
     """Everything `translation` has, and which part of the training set to use."""
-
-    codistill_data_fraction: float = field(
-        default=1.0, metadata={"help": "train on this fraction of the training set, above 0 and up to 1"}
-    )
-    codistill_data_seed: int = field(
-        default=0, metadata={"help": "which sentence pairs the fraction holds; the same for all that are compared"}
-    )
 
 
 @register_task("codistill_translation", dataclass=CodistillTranslationConfig)
@@ -32,11 +30,10 @@ class CodistillTranslationTask(TranslationTask):
     def __init__(self, cfg: Any, src_dict: Any, tgt_dict: Any) -> None:
         """Judge the fraction; a bad one ends the process with one line."""
         super().__init__(cfg, src_dict, tgt_dict)
-        if not 0 < cfg.codistill_data_fraction <= 1:
-            raise SystemExit(
-                f"--codistill-data-fraction {cfg.codistill_data_fraction}: must be above 0 and at most 1; "
-                "leave it out to train on everything"
-            )
+        try:
+            DataConfig(cfg.codistill_data_fraction, cfg.codistill_data_seed)
+        except ConfigError as error:
+            raise SystemExit(str(error)) from None
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
         """Load `split`; of the training split keep the fraction."""
@@ -56,11 +53,9 @@ class Fraction(BaseWrapperDataset):
     """
 
     def __init__(self, dataset: FairseqDataset, fraction: float, seed: int) -> None:
-        """Draw the items with a generator of our own."""
+        """Draw the items once."""
         super().__init__(dataset)
-        count = max(1, round(fraction * len(dataset)))
-        self._kept = numpy.zeros(len(dataset), dtype=bool)
-        self._kept[numpy.random.default_rng(seed).permutation(len(dataset))[:count]] = True
+        self._kept = kept_items(len(dataset), fraction, seed)
 
     def ordered_indices(self) -> Any:
         """The whole's order, without the items that are left out."""

@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -5,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from codistill.cli import main
+from codistill.config import CodistillConfig, DataConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,3 +76,13 @@ def test_bad_arguments_end_with_status_2_and_say_what_is_wrong(arguments, compla
         main(arguments)
     assert end.value.code == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_options_lists_every_flag_with_its_default_and_help(capsys):
+    assert main(["options"]) == 0
+    text = capsys.readouterr().out
+    for item in (*dataclasses.fields(CodistillConfig), *dataclasses.fields(DataConfig)):
+        assert f"--codistill-{item.name.replace('_', '-')}" in text
+        assert f"(default: {item.default})" in text
+        assert item.metadata["help"].split()[-1] in text
+    assert "--codistill-loss {kl,mse,ce} (default: kl)" in text
