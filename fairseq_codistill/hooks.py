@@ -7,13 +7,17 @@ leaves its last snapshot not marked final.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import logging
+import queue
+import threading
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, Optional
 
+from fairseq.data.iterators import BackgroundConsumer
 from fairseq.distributed import LegacyDistributedDataParallel, ModuleProxyWrapper
 from fairseq.logging import metrics
 from torch import nn
@@ -69,6 +73,7 @@ class TaskHooks:
         try:
             self._begin_update(model, optimizer)
         except (ConfigError, ExchangeFailed) as error:
+            _end_loaders()
             raise SystemExit(str(error)) from None
         return self._host_train_step(
             sample=sample,
@@ -94,6 +99,11 @@ class TaskHooks:
                 metrics.log_scalar(f"codistill_{key}", value, weight=0, priority=1500, round=6)
 
     def _build(self, model: nn.Module) -> Codistiller:
+        if self._task.target_dictionary is None:
+            raise ConfigError(
+                f"task {type(self._task).__name__} has no target dictionary: --criterion codistill compares "
+                "predictions over one; use a task such as translation or language_modeling"
+            )
         codistiller = Codistiller(
             self._config,
             model=model,
@@ -138,13 +148,27 @@ class TaskHooks:
 
     def _see_the_end(self, record: logging.LogRecord) -> bool:
         if self.codistiller is not None and record.getMessage().startswith("done training"):
-            self.codistiller.finish(int(metrics.get_meter("default", "num_updates").val))
+            # The aggregator that still is active: the one kept under the name "default" is replaced by a resume.
+            counters = [found["num_updates"] for found in metrics.get_active_aggregators() if "num_updates" in found]
+            self.codistiller.finish(max((int(counter.val) for counter in counters), default=self.update))
         return True
 
 
 def fingerprint(dictionary: Any) -> str:
     """sha256 (hex) of a fairseq dictionary: its symbols in the order of the model's classes."""
     return hashlib.sha256("\n".join(dictionary.symbols).encode()).hexdigest()
+
+
+def _end_loaders() -> None:
+    """End fairseq's loader threads, which else make Python abort when it ends in the middle of an epoch."""
+    for thread in threading.enumerate():
+        if isinstance(thread, BackgroundConsumer):
+            thread._max_len = 0  # no more than what it waits to hand over
+            for _ in range(100):
+                with contextlib.suppress(queue.Empty):
+                    thread._queue.get(timeout=0.01)
+                if not thread.is_alive():
+                    break
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

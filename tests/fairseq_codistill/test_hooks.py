@@ -1,0 +1,264 @@
+"""What is hooked into the task: the update counter, checkpoints, weight decay, the end of training."""
+
+import json
+import logging
+
+import pytest
+import torch
+from fairseq import optim
+from fairseq.logging import metrics
+from fairseq.tasks.translation import TranslationTask
+
+from codistill import KEYS
+from codistill.exchange.objects import Objects
+from codistill.exchange.store import RunStore
+from fairseq_codistill.hooks import fingerprint
+from tests.fairseq_codistill.toy_host import END, batch, data, dictionary, hosts, quick_exchange  # noqa: F401
+from tests.fixtures_peers import until
+
+ALONE = ("--codistill-peers", "1")
+SCHEDULE = ("--weight-decay", "0.1", "--codistill-weight-decay", "0:0.1,5u:0,10u:0.3")
+
+
+def say(message):
+    logging.getLogger("fairseq_cli.train").info(message)
+
+
+@pytest.fixture(autouse=True)
+def talkative_log(caplog):
+    caplog.set_level(logging.INFO, "fairseq_cli.train")
+
+
+def latest(tmp_path, peer):
+    return RunStore(Objects(str(tmp_path / "store")), "default").latest(peer)
+
+
+def lines(host):
+    path = host.cfg.checkpoint.save_dir + "/metrics.jsonl"
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def two_groups(host):
+    """An optimiser with a group that decays and one that does not."""
+    weights = [p for p in host.model.parameters() if p.dim() > 1]
+    others = [p for p in host.model.parameters() if p.dim() == 1]
+    host.optimizer = optim.build_optimizer(host.cfg.optimizer, weights)
+    host.optimizer.optimizer.add_param_group({"params": others, "weight_decay": 0.0})
+    return host
+
+
+def decays(host):
+    return [group["weight_decay"] for group in host.optimizer.param_groups]
+
+
+def test_the_hosts_own_step_gets_the_same_arguments_and_its_result_goes_through(hosts, monkeypatch):  # noqa: F811
+    seen = []
+    monkeypatch.setattr(TranslationTask, "train_step", lambda task, **given: seen.append(given) or "result")
+    host = hosts(0, *ALONE)
+    given = {"sample": 1, "model": host.model, "criterion": host.criterion, "optimizer": host.optimizer}
+    assert host.task.train_step(**given, update_num=3, ema_model="ema") == "result"
+    assert seen == [{**given, "update_num": 3, "ignore_grad": False, "ema_model": "ema"}]
+
+
+def test_several_batches_of_one_update_count_once(hosts):  # noqa: F811
+    host = hosts(0, *ALONE, "--codistill-interval", "2")
+    for update in (0, 0, 1, 1, 2, 2, 2, 3, 4):
+        host.step(batch(host), update)
+    assert [line["update"] for line in lines(host)] == [2, 4]
+
+
+def test_nothing_is_written_before_the_first_update(hosts, tmp_path):  # noqa: F811
+    hosts(0)
+    assert not (tmp_path / "store").exists()
+    assert not (tmp_path / "peer-0").exists()
+
+
+def test_metrics_reach_fairseqs_log_under_the_same_keys_with_and_without_peers(hosts):  # noqa: F811
+    host = hosts(0, *ALONE)
+    with metrics.aggregate(new_root=True) as found:
+        host.step(batch(host), 0)
+    assert {f"codistill_{key}" for key in KEYS} - {"codistill_loss", "codistill_agreement"} <= found.keys()
+
+
+def test_building_a_peers_module_leaves_task_and_generators_alone(hosts):  # noqa: F811
+    other, host = hosts(1), hosts(0)
+    other.leave()
+    before = dict(vars(host.task))
+    host.step(batch(host), 0)
+    torch.manual_seed(5)
+    host.take_up()
+    assert vars(host.task).keys() == before.keys()
+    drawn = torch.rand(3)
+    assert drawn.equal(torch.rand(3, generator=torch.Generator().manual_seed(5)))
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def test_our_state_lies_beside_the_tasks_own_and_comes_back(hosts, tmp_path):  # noqa: F811
+    other, host = hosts(1), hosts(0)
+    other.leave()
+    at = host.take_up()
+    state = host.task.get_checkpoint_dict()
+    ours = state["TranslationTask"]["codistill"]
+    assert ours == host.codistiller.state_dict()
+    assert list(ours["in_use"]) == ["1"]
+    torch.save(state, tmp_path / "state.pt")
+    assert torch.load(tmp_path / "state.pt", weights_only=True) == state  # plain types only
+    host.codistiller.close()
+
+    resumed = hosts(0)
+    resumed.task.set_checkpoint_dict(state["TranslationTask"])
+    resumed.step(batch(resumed), at)
+    assert resumed.codistiller.active
+    assert resumed.codistiller.state_dict()["in_use"] == ours["in_use"]
+    assert resumed.codistiller.state_dict()["init_hash"] == ours["init_hash"]
+
+
+def test_a_tasks_own_checkpoint_state_stays_its_own(hosts, monkeypatch):  # noqa: F811
+    given = []
+    own = {"Other": {"kept": 1}, "TranslationTask": {"also": 2}}
+    monkeypatch.setattr(TranslationTask, "get_checkpoint_dict", lambda task: own, raising=False)
+    monkeypatch.setattr(TranslationTask, "set_checkpoint_dict", lambda task, state: given.append(state), raising=False)
+    host = hosts(0, *ALONE)
+    assert host.task.get_checkpoint_dict() == {"Other": {"kept": 1}, "TranslationTask": {"also": 2}}
+    host.step(batch(host), 0)
+    state = host.task.get_checkpoint_dict()
+    assert state["Other"] == {"kept": 1}
+    assert state["TranslationTask"].keys() == {"also", "codistill"}
+    host.task.set_checkpoint_dict(state["TranslationTask"])
+    assert given == [{"also": 2}]
+
+
+def test_a_checkpoint_without_our_state_starts_anew(hosts):  # noqa: F811
+    host = hosts(0, *ALONE)
+    host.task.set_checkpoint_dict({})
+    host.step(batch(host), 7)
+    assert host.codistiller.state_dict()["update"] == 7
+
+
+def test_the_floor_of_a_restart_rises_only_when_training_goes_on_after_a_checkpoint(hosts, tmp_path):  # noqa: F811
+    host = hosts(0, "--codistill-interval", "2")
+    host.step(batch(host), 0)
+    for update in range(1, 6):
+        host.step(batch(host), update)
+    host.task.get_checkpoint_dict()  # fairseq writes it after update 5, and may be killed doing so
+    until(lambda: latest(tmp_path, 0) is not None)
+    assert latest(tmp_path, 0).resume_floor == 0
+    host.step(batch(host), 6)
+    until(lambda: latest(tmp_path, 0).resume_floor == 4)
+
+
+# --- weight decay ---------------------------------------------------------------------------------------------------
+
+
+def test_scheduled_weight_decay_reaches_the_groups_that_had_some(hosts):  # noqa: F811
+    host = two_groups(hosts(0, *ALONE, *SCHEDULE))
+    found = {}
+    for update in (0, 4, 5, 9, 10):
+        host.step(batch(host), update)
+        found[update] = decays(host)
+    assert found == {0: [0.1, 0.0], 4: [0.1, 0.0], 5: [0.0, 0.0], 9: [0.0, 0.0], 10: [0.3, 0.0]}
+
+
+def test_after_a_resume_in_a_phase_without_decay_the_right_groups_get_it_again(hosts):  # noqa: F811
+    host = two_groups(hosts(0, *ALONE, *SCHEDULE))
+    for update in (0, 6):
+        host.step(batch(host), update)
+    state, saved = host.task.get_checkpoint_dict()["TranslationTask"], host.optimizer.state_dict()
+    resumed = two_groups(hosts(0, *ALONE, *SCHEDULE))
+    resumed.task.set_checkpoint_dict(state)
+    resumed.optimizer.load_state_dict(saved)
+    assert decays(resumed) == [0.0, 0.0]
+    resumed.step(batch(resumed), 7)
+    assert decays(resumed) == [0.0, 0.0]
+    resumed.step(batch(resumed), 10)
+    assert decays(resumed) == [0.3, 0.0]
+
+
+def test_weight_decay_may_follow_epochs(hosts):  # noqa: F811
+    host = hosts(0, *ALONE, "--weight-decay", "0.1", "--codistill-weight-decay", "0:0.1,2:0.01")
+    for epoch, update in ((1, 0), (2, 10), (3, 20)):
+        host.task.begin_epoch(epoch, host.model)
+        host.step(batch(host), update)
+        assert decays(host) == [0.01 if epoch == 3 else 0.1]
+
+
+def test_a_schedule_without_any_weight_decay_to_start_from_is_one_line(hosts):  # noqa: F811
+    host = hosts(0, *ALONE, "--codistill-weight-decay", "0:0.1,5u:0")
+    with pytest.raises(SystemExit) as ended:
+        host.step(batch(host), 0)
+    assert ended.value.code == (
+        "--codistill-weight-decay: --weight-decay is 0, so no parameter has any; "
+        "give --weight-decay the schedule's first value"
+    )
+
+
+# --- the end --------------------------------------------------------------------------------------------------------
+
+
+def test_the_end_of_training_publishes_a_final_snapshot_of_the_last_update(hosts, tmp_path):  # noqa: F811
+    metrics.reset()
+    host = hosts(0)
+    for update in (0, 1, 2):
+        host.step(batch(host), update)
+    metrics.log_scalar("num_updates", 3, weight=0)  # as the trainer does
+    say(END)
+    found = latest(tmp_path, 0)
+    assert (found.closed, found.manifest.final, found.manifest.update) == (True, True, 3)
+    assert lines(host)[-1]["update"] == 3
+
+
+def test_the_end_after_a_resume_is_at_the_trainers_update_and_not_at_that_of_the_checkpoint(hosts, tmp_path):  # noqa: F811
+    metrics.reset()
+    metrics.log_scalar("num_updates", 7, weight=0)
+    saved = metrics.state_dict()
+    host = hosts(0)
+    metrics.load_state_dict(saved)
+    host.step(batch(host), 7)
+    metrics.log_scalar("num_updates", 8, weight=0)
+    say(END)
+    assert latest(tmp_path, 0).manifest.update == 8
+
+
+def test_a_process_that_ends_otherwise_leaves_no_final_snapshot(hosts, tmp_path):  # noqa: F811
+    host = hosts(0)
+    for update in (0, 1):
+        host.step(batch(host), update)
+    say("end of epoch 1 (average epoch stats below)")
+    host.codistiller.close()
+    found = latest(tmp_path, 0)
+    assert not found.closed
+    assert not found.manifest.final
+
+
+def test_trouble_ends_the_process_with_one_line_when_the_user_asked_for_it(hosts, tmp_path):  # noqa: F811
+    other = hosts(1)
+    other.leave()
+    payload = next((tmp_path / "store").rglob("*.safetensors"))
+    payload.write_bytes(payload.read_bytes()[:-1])
+    host = hosts(0, "--codistill-on-error", "fail")
+    with pytest.raises(SystemExit) as ended:
+        host.take_up()
+    assert str(ended.value.code).endswith("ended by --codistill-on-error fail")
+    assert "\n" not in ended.value.code
+
+
+def test_peers_with_another_dictionary_cannot_join_the_run(hosts):  # noqa: F811
+    host = hosts(1)
+    host.leave()
+    other = hosts(0)
+    other.task.tgt_dict.add_symbol("another")
+    with pytest.raises(SystemExit) as ended:
+        other.step(batch(other), 0)
+    assert "output" in ended.value.code
+    assert "\n" not in ended.value.code
+
+
+def test_the_fingerprint_is_the_dictionarys_symbols_in_their_order():
+    first, second, swapped = dictionary(), dictionary(), dictionary()
+    swapped.symbols[-1], swapped.symbols[-2] = swapped.symbols[-2], swapped.symbols[-1]
+    assert fingerprint(first) == fingerprint(second)
+    assert fingerprint(first) != fingerprint(swapped)
+    assert len(fingerprint(first)) == 64

@@ -1,0 +1,80 @@
+"""Runs one of fairseq's commands the way its console script does: `python run_fairseq.py train …`.
+
+`FAIRSEQ_RECORD=FILE` appends the exact numbers of every batch to FILE (fairseq's own log rounds them), the same for a
+plain training and a codistilled one. `FAIRSEQ_PAUSE=SECONDS` makes every batch take that much longer.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import random
+import sys
+import time
+
+import numpy
+import torch
+
+
+def generators():
+    """A digest of everything that the next random number depends on."""
+    states = (
+        random.getstate(),
+        [part.tolist() if hasattr(part, "tolist") else part for part in numpy.random.get_state()],
+    )
+    return hashlib.sha256(repr(states).encode() + torch.get_rng_state().numpy().tobytes()).hexdigest()[:16]
+
+
+def record(path, pause):
+    from fairseq.tasks import FairseqTask
+
+    def write(step, update, loss, sample_size, log):
+        entry = {
+            "step": step,
+            "update": update,
+            "loss": loss.item(),  # what was differentiated
+            "host_loss": float(log["loss"]),  # what fairseq logs
+            "sample_size": float(sample_size),
+            "generators": generators(),
+        }
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    plain_train, plain_valid = FairseqTask.train_step, FairseqTask.valid_step
+
+    def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):
+        loss, sample_size, log = plain_train(self, sample, model, criterion, optimizer, update_num, ignore_grad)
+        write("train", update_num, loss, sample_size, log)
+        time.sleep(pause)
+        return loss, sample_size, log
+
+    def valid_step(self, sample, model, criterion):
+        loss, sample_size, log = plain_valid(self, sample, model, criterion)
+        write("valid", None, loss, sample_size, log)
+        return loss, sample_size, log
+
+    FairseqTask.train_step, FairseqTask.valid_step = train_step, valid_step
+
+
+def allow_ddp_on_cpu():
+    """fairseq always names a device to torch's DistributedDataParallel, which torch refuses on a CPU."""
+    from fairseq.models import distributed_fairseq_model
+
+    on_device = distributed_fairseq_model.DistributedDataParallel
+
+    def on_cpu(**arguments):
+        return on_device(**{**arguments, "device_ids": None, "output_device": None})
+
+    distributed_fairseq_model.DistributedDataParallel = on_cpu
+
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder, which a console script would not have there
+    command = sys.argv.pop(1)
+    module = importlib.import_module(f"fairseq_cli.{command}")
+    random.seed(0)  # the one generator that fairseq leaves to chance
+    if "FAIRSEQ_RECORD" in os.environ:
+        record(os.environ["FAIRSEQ_RECORD"], float(os.environ.get("FAIRSEQ_PAUSE", "0")))
+    if "--cpu" in sys.argv:
+        allow_ddp_on_cpu()
+    module.cli_main()
