@@ -18,13 +18,14 @@ EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement
 
 CONSOLE_SCRIPTS = [
     "codistill = codistill.cli:main",
+    "timm-codistill = timm_codistill.__main__:main",
 ]
 
 setup(
     name="codistill",
     version="0.1.0",
     description="Flags that make the fairseq and timm trainings people already run codistil with each other",
-    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description=README.read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="codistill contributors",
     license_expression="MIT",
@@ -33,7 +34,7 @@ setup(
     package_dir={"": "."},
     packages=find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]),
     package_data={"": ["py.typed"]},
-    install_requires=["torch>=2.6", "obstore", "safetensors", "omegaconf", "numpy"],
+    install_requires=["torch>=2.6", "obstore", "safetensors", "numpy"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": CONSOLE_SCRIPTS},
     zip_safe=False,

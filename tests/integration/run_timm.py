@@ -1,0 +1,113 @@
+"""One worker of a timm training, in a process of its own that was forked with torch and timm already imported.
+
+Runs a train.py as `python train.py …` does, or through `timm-codistill`, and records what a log would round: the loss
+of every batch and the state of every random generator after it, the same for both.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import runpy
+import sys
+import time
+
+import numpy
+import torch
+import torchvision.utils  # noqa: F401  # imported before the fork, like timm: it takes seconds
+from timm.task import ClassificationTask
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
+
+import timm_codistill.__main__
+
+
+@dataclasses.dataclass(frozen=True)
+class Worker:
+    """What a worker is told.
+
+    Attributes:
+        script: the train.py.
+        flags: its arguments.
+        codistilled: whether it runs through `timm-codistill`.
+        out: gets the standard output; `err` the error stream, `record` the lines of `record`.
+        env: environment variables to set.
+        sampler_seed: seed of a distributed sampler where the script names none.
+        pause: seconds that every batch takes longer.
+    """
+
+    script: str
+    flags: list
+    codistilled: bool
+    out: str
+    err: str
+    record: str
+    env: dict
+    sampler_seed: int
+    pause: float
+
+
+def work(worker):
+    """Be that worker."""
+    os.setsid()
+    for name, stream in ((worker.out, 1), (worker.err, 2)):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), stream)
+    os.environ.update(worker.env)
+    torch.set_num_threads(1)
+    record(worker.record, worker.pause)
+    if worker.codistilled:
+        sys.argv = ["timm-codistill", worker.script, *worker.flags]
+        timm_codistill.__main__.main()
+    else:
+        make_stock_work(worker.sampler_seed)
+        sys.argv = [worker.script, *worker.flags]
+        sys.path.insert(0, os.path.dirname(worker.script))
+        runpy.run_path(worker.script, run_name="__main__")
+
+
+def make_stock_work(sampler_seed):
+    """What a plain train.py cannot do on a CPU, or with one worker, or by a flag.
+
+    timm hands device ids to DistributedDataParallel, asks for persistent workers even where there are none (to 1.0.28),
+    and has no seed for its sampler.
+    """
+    host_prepare, host_init = ClassificationTask.prepare_distributed, DistributedSampler.__init__
+    host_load = DataLoader.__init__
+
+    def prepare(self, device_ids=None, **kwargs):
+        return host_prepare(self, device_ids=None, **kwargs)
+
+    def init(self, *args, **kwargs):
+        host_init(self, *args, **{"seed": sampler_seed, **kwargs})
+
+    def load(self, *args, **kwargs):
+        if not kwargs.get("num_workers"):
+            kwargs.pop("persistent_workers", None)
+        host_load(self, *args, **kwargs)
+
+    ClassificationTask.prepare_distributed, DistributedSampler.__init__ = prepare, init
+    DataLoader.__init__ = load
+
+
+def generators():
+    """A digest of everything that the next random number depends on."""
+    states = (
+        random.getstate(),
+        [part.tolist() if hasattr(part, "tolist") else part for part in numpy.random.get_state()],
+    )
+    return hashlib.sha256(repr(states).encode() + torch.get_rng_state().numpy().tobytes()).hexdigest()[:16]
+
+
+def record(path, pause):
+    """Append a line for every batch to `path`."""
+    host_call = ClassificationTask.__call__
+
+    def call(self, *args, **kwargs):
+        result = host_call(self, *args, **kwargs)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"loss": float(result["loss"]), "generators": generators()}) + "\n")
+        time.sleep(pause)
+        return result
+
+    ClassificationTask.__call__ = call

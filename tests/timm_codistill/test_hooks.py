@@ -1,0 +1,129 @@
+"""The hooks, on a module that has nothing but the names they take the place of."""
+
+import argparse
+import contextlib
+import json
+import types
+from collections import OrderedDict
+
+import pytest
+import torch
+from timm.models import create_model
+from timm.task import ClassificationTask
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from codistill import KEYS
+from timm_codistill import hooks
+from timm_codistill.data import SEED_STRIDE
+
+
+def script(main, *flags):
+    """A module whose `main` is given the module and the parsed arguments."""
+    module = types.ModuleType("train")
+    module.parser = argparse.ArgumentParser()
+    module.parser.add_argument("--seed", type=int, default=42)
+    module.parser.add_argument("--grad-accum-steps", type=int, default=1)
+    module.ClassificationTask = ClassificationTask
+    module.create_dataset = lambda *args, **kwargs: kwargs
+    module.create_loader = lambda *args, **kwargs: kwargs
+    module.train_one_epoch = train_one_epoch
+
+    def parse_args():
+        args = module.parser.parse_args(list(map(str, flags)))
+        return args, json.dumps(vars(args))
+
+    module._parse_args = parse_args
+    module.main = lambda: main(module, *module._parse_args())
+    return module
+
+
+def train_one_epoch(epoch, model, loader, optimizer, args, task=None, output_dir=None, num_updates_total=None):
+    for batch, (images, labels) in enumerate(loader):
+        task(images, labels)["loss"].backward()
+        optimizer.step()
+        task.update_ema(step=epoch * len(loader) + batch + 1)
+    return OrderedDict(loss=1.0)
+
+
+def train(module, args, folder, made=None, epochs=2):
+    """`main`, as far as it concerns us; gives the metrics of each epoch, of which only the first is trained."""
+    model = create_model("test_resnet", num_classes=5)
+    task = (made or module.ClassificationTask)(model=model, criterion=nn.CrossEntropyLoss())
+    loader = DataLoader(TensorDataset(torch.randn(6, 3, 32, 32), torch.arange(6) % 5), batch_size=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    keywords = {"task": task, "output_dir": folder, "num_updates_total": epochs * len(loader)}
+    return module.train_one_epoch(0, model, loader, optimizer, args, **keywords)
+
+
+def latest(folder):
+    return json.loads((folder / "exchange/default/peers/1/latest.json").read_text(encoding="utf-8"))
+
+
+def peer(folder):
+    return ("--codistill", "--codistill-dir", folder / "exchange", "--codistill-peer", 1, "--codistill-interval", 2)
+
+
+def test_without_the_switch_nothing_changes_but_the_help():
+    seen = []
+    module = script(
+        lambda module, args, text: seen.append((module.ClassificationTask, module.train_one_epoch, args.seed))
+    )
+    hooks.run(module)
+    assert seen == [(ClassificationTask, train_one_epoch, 42)]
+    assert "--codistill-dir" in module.parser.format_help()
+
+
+def test_the_epoch_s_metrics_get_ours_and_the_saved_arguments_keep_the_seed_that_was_given(tmp_path):
+    seen = []
+    module = script(
+        lambda module, args, text: seen.extend([args.seed, json.loads(text)["seed"], train(module, args, tmp_path)]),
+        *peer(tmp_path),
+    )
+    hooks.run(module)
+    assert seen[:2] == [42 + SEED_STRIDE, 42]
+    assert list(seen[2]) == ["loss", *(f"codistill_{key}" for key in KEYS)]
+    assert seen[2]["loss"] == 1.0
+
+
+@pytest.mark.parametrize(("epochs", "final"), [(1, True), (2, False)], ids=["to the end", "interrupted"])
+def test_only_a_training_that_came_to_its_end_leaves_a_final_snapshot(tmp_path, epochs, final):
+    def main(module, args, text):
+        with contextlib.suppress(KeyboardInterrupt):  # as timm's script does
+            train(module, args, tmp_path, epochs=epochs)
+            raise KeyboardInterrupt
+
+    hooks.run(script(main, *peer(tmp_path)))
+    assert latest(tmp_path)["manifest"]["final"] is final
+
+
+class MultiLabelTask(ClassificationTask):
+    """Like one that timm 1.0.31 has."""
+
+
+def test_another_task_than_classification_is_refused_with_one_line(tmp_path):
+    def main(module, args, text):
+        train(module, args, tmp_path, made=MultiLabelTask)
+
+    with pytest.raises(SystemExit) as ended:
+        hooks.run(script(main, *peer(tmp_path)))
+    assert str(ended.value) == (
+        "--codistill: train.py made a MultiLabelTask, only plain classification can be codistilled; "
+        "leave out the option that chooses another task, or --codistill"
+    )
+
+
+def test_a_bad_option_ends_before_anything_is_built(tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        hooks.run(script(lambda module, args, text: pytest.fail("it went on"), "--codistill", "--codistill-peers", 2))
+    assert str(ended.value).startswith("--codistill-dir is missing: 2 peers need a folder or bucket")
+
+
+def test_a_loader_without_workers_is_not_asked_to_keep_them(tmp_path):
+    seen = []
+
+    def main(module, args, text):
+        seen.extend(module.create_loader(None, num_workers=workers) for workers in (0, 2))
+
+    hooks.run(script(main, *peer(tmp_path)))
+    assert seen == [{"num_workers": 0, "persistent_workers": False}, {"num_workers": 2}]

@@ -1,0 +1,235 @@
+"""CodistillationTask: its penalty, and everything timm's ClassificationTask does."""
+
+import argparse
+import time
+
+import pytest
+import torch
+from timm.loss import JsdCrossEntropy, LabelSmoothingCrossEntropy
+from timm.models import create_model
+from timm.models.resnet import Bottleneck, ResNet
+from timm.optim import create_optimizer_v2
+from timm.task import ClassificationTask
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from codistill import KEYS, ConfigError
+from timm_codistill import CodistillationTask, add_arguments
+
+torch.manual_seed(0)
+IMAGES, LABELS = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
+SECONDS = 60.0
+
+
+MODELS = {
+    "resnet": lambda: create_model("test_resnet", num_classes=5),
+    "resnext": lambda: ResNet(Bottleneck, [1, 1, 1, 1], num_classes=5, cardinality=4, base_width=4, stem_width=8),
+    "vit": lambda: create_model("test_vit", num_classes=5, img_size=32),
+    "distillation head": lambda: create_model(
+        "deit_tiny_distilled_patch16_224", num_classes=5, img_size=32, embed_dim=24, depth=1, num_heads=3
+    ),
+}
+
+
+def options(*flags):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(flags)
+
+
+def loader():
+    return DataLoader(TensorDataset(IMAGES, LABELS), batch_size=8)
+
+
+class Peers:
+    """Makes tasks that share a folder, and closes them."""
+
+    def __init__(self, folder):
+        self.folder, self.tasks = folder, []
+
+    def task(self, number, model, *flags, criterion=None, peers=2):
+        given = ["--codistill", "--codistill-dir", self.folder / "exchange", "--codistill-interval", "1"]
+        given += ["--codistill-peer", number, "--codistill-peers", peers, "--codistill-timeout", "30", *flags]
+        made = CodistillationTask(model, criterion or nn.CrossEntropyLoss(), options=options(*map(str, given)))
+        self.tasks.append(made)
+        return made
+
+    def publish(self, model, number=1, updates=3, **how):
+        """Train `model` as peer `number`, to the end."""
+        task = self.task(number, model, **how)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for _ in task.epochs(range(1), loader(), optimizer, save_dir=self.folder / str(number)):
+            for step in range(updates):
+                update(task, optimizer, step + 1)
+        return model.eval()
+
+    def until_it_has_a_peer(self, task, model):
+        """Batch after batch, without changing a parameter, until a peer's snapshot is in use."""
+        task.begin_epoch(
+            0, loader(), torch.optim.SGD(model.parameters(), lr=0.0, weight_decay=1e-3), save_dir=self.folder / "0"
+        )
+        end = time.monotonic() + SECONDS
+        step = 0
+        while task.metrics()["codistill_peers"] == 0:
+            assert time.monotonic() < end, "no snapshot came"
+            task(IMAGES, LABELS)
+            step += 1
+            task.update_ema(step)
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def peers(tmp_path):
+    made = Peers(tmp_path)
+    yield made
+    for task in made.tasks:
+        task.close()
+
+
+def update(task, optimizer, step):
+    result = task(IMAGES, LABELS)
+    result["loss"].backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    task.update_ema(step=step)
+    return result
+
+
+def gradients(model, loss):
+    return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+
+
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
+def test_the_gradient_has_alpha_times_the_mean_penalty_in_it_and_the_value_is_the_host_s_own(peers, build):
+    torch.manual_seed(1)
+    published, own = peers.publish(build()), build()
+    task = peers.task(0, own, "--codistill-alpha", "0.7")
+    peers.until_it_has_a_peer(task, own.train())
+    result = task(IMAGES, LABELS)
+    found = gradients(own, result["loss"])
+
+    logits = own(IMAGES)
+    with torch.no_grad():
+        target = published(IMAGES).softmax(-1)  # batch statistics travelled: it is in eval mode, bit for bit
+    host = F.cross_entropy(logits, LABELS)
+    penalty = F.kl_div(logits.log_softmax(-1), target, reduction="batchmean")
+    assert result["loss"].item() == host.item()
+    torch.testing.assert_close(found, gradients(own, host + 0.7 * penalty), rtol=1e-4, atol=1e-6)
+    host_alone = gradients(own, F.cross_entropy(own(IMAGES), LABELS))
+    assert any(not torch.allclose(a, b, rtol=1e-2) for a, b in zip(found, host_alone, strict=True) if a is not None)
+
+
+def test_a_peer_s_output_is_the_publisher_s_in_eval_mode_bit_for_bit(peers):
+    published, own = peers.publish(MODELS["resnet"]()), MODELS["resnet"]()
+    assert published.bn1.running_mean.abs().sum() > 0
+    task = peers.task(0, own)
+    peers.until_it_has_a_peer(task, own)
+    seen = []
+    task._codistiller.penalty(own(IMAGES), lambda peer: seen.append(peer(IMAGES)) or seen[-1])
+    with torch.no_grad():
+        assert torch.equal(seen[0], published(IMAGES))
+    assert not seen[0].requires_grad
+
+
+def test_with_jsd_the_penalty_covers_the_split_that_is_compared_with_labels(peers):
+    published, own = peers.publish(MODELS["vit"]()), MODELS["vit"]()
+    task = peers.task(0, own, criterion=JsdCrossEntropy(num_splits=2, smoothing=0))
+    peers.until_it_has_a_peer(task, own)
+    found = gradients(own, task(IMAGES, LABELS)["loss"])
+    logits = own(IMAGES)
+    with torch.no_grad():
+        target = published(IMAGES[:4]).softmax(-1)
+    penalty = F.kl_div(logits[:4].log_softmax(-1), target, reduction="batchmean")
+    wanted = gradients(own, JsdCrossEntropy(num_splits=2, smoothing=0)(logits, LABELS) + penalty)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_peers_are_compiled_as_the_model_is(peers):
+    own = MODELS["resnet"]()
+    peers.publish(MODELS["resnet"]())
+    task = peers.task(0, own)
+    compiled = task.compile(backend="eager")
+    assert task.get_eval_model() is compiled
+    peers.until_it_has_a_peer(task, own)
+    kinds = []
+    task._codistiller.penalty(own(IMAGES), lambda peer: kinds.append(peer._compiled_call_impl) or peer(IMAGES))
+    assert kinds[0] is not None
+    assert task.get_checkpoint_state()["state_dict"].keys() == own.state_dict().keys()
+
+
+def test_nothing_of_ours_is_in_any_state_dict_and_the_task_state_is_plain(peers, tmp_path):
+    own = MODELS["resnet"]()
+    peers.publish(MODELS["resnet"]())
+    task = peers.task(0, own, "--codistill-weight-decay", "0:1e-3,1:0")
+    peers.until_it_has_a_peer(task, own.train())
+    plain = ClassificationTask(MODELS["resnet"](), nn.CrossEntropyLoss())
+    task.setup_ema()
+    plain.setup_ema()
+    assert task.state_dict().keys() == plain.state_dict().keys()
+    assert task.get_checkpoint_state(ema=True).keys() == {"state_dict_ema"}
+    torch.save(task.get_checkpoint_state(), tmp_path / "checkpoint.pt")
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["task_state"]["codistill"]["in_use"]["1"]["final"]
+    plain.load_checkpoint_state(saved["state_dict"], saved["task_state"])
+
+
+def test_without_the_switch_it_is_a_classification_task(tmp_path):
+    model = MODELS["resnet"]()
+    task = CodistillationTask(model, LabelSmoothingCrossEntropy(), options=options())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in task.epochs(range(1), loader(), optimizer, save_dir=tmp_path):
+        update(task, optimizer, 1)
+    assert task.metrics() == {}
+    assert task.get_task_state() == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_device_dtype_clipping_and_optimizer_groups_are_those_of_a_classification_task():
+    torch.manual_seed(0)
+    ours = CodistillationTask(
+        MODELS["vit"](), nn.CrossEntropyLoss(), options=options("--codistill", "--codistill-peers", "1")
+    )
+    plain = ClassificationTask(MODELS["vit"](), nn.CrossEntropyLoss())
+    for task in (ours, plain):
+        task.to(torch.bfloat16)
+    assert (ours.device, ours.dtype) == (plain.device, plain.dtype) == (torch.device("cpu"), torch.bfloat16)
+    assert len(list(ours.get_clip_parameters(exclude_head=True))) == len(plain.get_clip_parameters(exclude_head=True))
+    groups = [
+        [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups]
+        for optimizer in (
+            create_optimizer_v2(task.get_trainable_module(), opt="sgd", lr=0.1, weight_decay=0.1)
+            for task in (ours, plain)
+        )
+    ]
+    assert groups[0] == groups[1]
+
+
+def test_one_peer_has_every_metric_and_the_scheduled_weight_decay_also_after_a_resume(peers, tmp_path):
+    model = MODELS["resnet"]()
+    flags = ("--codistill-weight-decay", "0:1e-3,1:0,2:1e-4")
+    optimizer = create_optimizer_v2(model, opt="sgd", lr=0.1, weight_decay=0.1)
+    seen = []
+    task = peers.task(0, model, *flags, peers=1)
+    for epoch in task.epochs(range(2), loader(), optimizer, save_dir=tmp_path):
+        update(task, optimizer, epoch + 1)
+        seen.append([group["weight_decay"] for group in optimizer.param_groups])
+        assert task.metrics().keys() == {f"codistill_{key}" for key in KEYS}
+    state = task.get_task_state()
+    assert state["codistill"]["decaying"] == [False, True]
+    resumed = peers.task(0, model, *flags, peers=1)
+    resumed.load_task_state(state)
+    for _ in resumed.epochs(range(2, 3), loader(), optimizer, save_dir=tmp_path):
+        update(resumed, optimizer, 3)
+        seen.append([group["weight_decay"] for group in optimizer.param_groups])
+    assert seen == [[0, 1e-3], [0, 0], [0, 1e-4]]
+    assert resumed.metrics()["codistill_distance"] > task.metrics()["codistill_distance"] > 0
+
+
+def test_a_data_set_that_names_its_classes_differently_is_another_run_s(peers):
+    peers.publish(MODELS["resnet"]())
+    other = create_model("test_resnet", num_classes=6)
+    task = peers.task(0, other)
+    task.begin_epoch(0, loader(), torch.optim.SGD(other.parameters(), lr=0.1), save_dir=peers.folder / "0")
+    with pytest.raises(ConfigError, match="output"):
+        task(IMAGES, LABELS)

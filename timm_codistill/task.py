@@ -1,0 +1,239 @@
+"""CodistillationTask, a sibling of timm's tasks: classification with a penalty for differing from the peers.
+
+The model's `state_dict` holds nothing of ours; what a resume needs rides in the task state, as plain types. Without a
+usable peer the task is timm's `ClassificationTask`, to the last bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import copy
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from timm.loss import JsdCrossEntropy
+from timm.task import ClassificationTask
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from codistill import CodistillConfig, Codistiller, WeightDecay
+from timm_codistill.data import fingerprint, offset_sampler, seed_offset
+from timm_codistill.generators import Generators
+from timm_codistill.options import codistill_config
+
+_STATE = "codistill"
+
+
+class CodistillationTask(ClassificationTask):
+    """Supervised classification, and agreement with the peers of a run.
+
+    The dict it returns has the `loss` and `output` of `ClassificationTask`. The gradient of `loss` has the penalty in
+    it, alpha times the mean of D over the batch; its value is the host's own loss alone, so that whatever logs it, or
+    schedules by it, does not notice the penalty. With `JsdCrossEntropy`, which compares only the first augmentation
+    split with labels, the penalty covers that split.
+
+    Args:
+        model: The model to train.
+        criterion: Loss function, as for `ClassificationTask`.
+        options: Parsed arguments with the flags of `add_arguments`; without `--codistill` this is a
+            `ClassificationTask`.
+        **kwargs: Passed on to `ClassificationTask`.
+
+    Raises:
+        ConfigError: When an option is not allowed.
+    """
+
+    def __init__(
+        self, model: nn.Module, criterion: Any = None, *args: Any, options: argparse.Namespace, **kwargs: Any
+    ) -> None:
+        super().__init__(model, criterion, *args, **kwargs)
+        self._config: Optional[CodistillConfig] = codistill_config(options)
+        schedule = self._config.weight_decay_schedule() if self._config else None
+        self._weight_decay = WeightDecay(schedule) if schedule is not None else None
+        self._codistiller: Optional[Codistiller] = None
+        self._generators: Optional[Generators] = None
+        self._drawn: Optional[list[dict[str, Any]]] = None
+        self._restored: dict[str, Any] = {}
+        self._optimizer: Any = None
+        self._compiled: Optional[dict[str, Any]] = None
+        self._update, self._epoch = 0, 1
+        self._checkpoint_at: Optional[int] = None
+
+    def epochs(
+        self,
+        epochs: Iterable[int],
+        loader: Any,
+        optimizer: torch.optim.Optimizer,
+        *,
+        save_dir: Optional[str | Path] = None,
+        grad_accum_steps: int = 1,
+    ) -> Iterator[int]:
+        """Go through `epochs`; when they are done, publish the final weights. For a train.py of one's own.
+
+        Args:
+            epochs: Numbers from 0; after a resume the first is not 0.
+            loader: Of the training set.
+            optimizer: Whose groups get the scheduled weight decay.
+            save_dir: Where worker 0 writes checkpoints; other workers need none.
+            grad_accum_steps: Batches for each update.
+
+        Yields:
+            Each epoch.
+
+        Raises:
+            ConfigError: When the run cannot be joined with these options.
+            ExchangeFailed: After trouble, with `--codistill-on-error fail`.
+        """
+        for epoch in epochs:
+            self.begin_epoch(epoch, loader, optimizer, save_dir=save_dir, grad_accum_steps=grad_accum_steps)
+            yield epoch
+        self.finish()
+
+    def begin_epoch(
+        self,
+        epoch: int,
+        loader: Any,
+        optimizer: torch.optim.Optimizer,
+        *,
+        save_dir: Optional[str | Path],
+        grad_accum_steps: int = 1,
+    ) -> None:
+        """Get ready for `epoch`, counted from 0; the arguments are those of `epochs`."""
+        if self._config is None:
+            return
+        self._epoch, self._optimizer = epoch + 1, optimizer
+        self._update = epoch * -(-len(loader) // grad_accum_steps)  # as train.py counts, resumed or not
+        offset_sampler(loader, seed_offset(self._config.peer), epoch)
+        if self._codistiller is None:
+            self._begin(self._config, loader.dataset, save_dir)
+
+    def update_ema(self, step: Optional[int] = None) -> None:
+        """Update the moving average as timm does; `step` is the number of updates done."""
+        super().update_ema(step)
+        self._update = self._update + 1 if step is None else step
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Forward pass, loss and penalty.
+
+        Args:
+            input: Images [B, C, H, W].
+            target: Whatever the criterion takes.
+
+        Returns:
+            `loss` and `output`.
+        """
+        self._begin_update()
+        result = super().forward(input, target)
+        if self._codistiller is not None and self._codistiller.active:
+            penalty = self._penalty(self._codistiller, input, result["output"])
+            result["loss"] = result["loss"] + (penalty - penalty.detach()).to(result["loss"].dtype)
+        return result
+
+    def metrics(self) -> dict[str, float]:
+        """`codistill_…` values for the epoch's metrics, always the same keys; empty without `--codistill`."""
+        found = self._codistiller.metrics() if self._codistiller is not None else {}
+        return {f"codistill_{name}": value for name, value in found.items()}
+
+    @property
+    def updates(self) -> int:
+        """Updates done so far."""
+        return self._update
+
+    def remember_generators(self) -> None:
+        """Collect the random generators for the next checkpoint of a synchronous run. Every worker must call it."""
+        if self._generators is not None:
+            self._drawn = self._generators.collect()
+
+    def finish(self) -> None:
+        """Training has ended normally: publish the final weights, within `--codistill-timeout`, and stop."""
+        if self._codistiller is not None:
+            self._codistiller.finish(self._update)
+
+    def close(self) -> None:
+        """Stop what runs in the background; safe to call twice, and at any time."""
+        if self._codistiller is not None:
+            self._codistiller.close()
+
+    def prepare_distributed(self, device_ids: Optional[list[Any]] = None, **ddp_kwargs: Any) -> CodistillationTask:
+        """Wrap the model in DistributedDataParallel, which takes no device ids on a CPU."""
+        super().prepare_distributed(device_ids=None if self.device.type == "cpu" else device_ids, **ddp_kwargs)
+        return self
+
+    def compile(  # type: ignore[override]
+        self, backend: str = "inductor", mode: Optional[str] = None, **compile_kwargs: Any
+    ) -> nn.Module:
+        """Compile the model; peers are compiled the same way when they come."""
+        self._compiled = {"backend": backend, "mode": mode, **compile_kwargs}
+        return super().compile(backend=backend, mode=mode, **compile_kwargs)
+
+    def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> dict[str, Any]:
+        """What a checkpoint must hold beside the model, in plain types."""
+        state = super().get_task_state(module=module, ema=ema)
+        if ema or self._codistiller is None:
+            return state
+        self._checkpoint_at = self._update
+        ours: dict[str, Any] = self._codistiller.state_dict()
+        if self._weight_decay is not None:
+            ours["decaying"] = self._weight_decay.decaying
+        if self._drawn is not None:
+            ours["generators"] = self._drawn
+        return {**state, _STATE: ours}
+
+    def load_task_state(
+        self,
+        state: Optional[dict[str, Any]],
+        strict: bool = True,
+        module: Optional[nn.Module] = None,
+        ema: bool = False,
+    ) -> None:
+        """Take up what `get_task_state` gave, or go on without when a plain run wrote the checkpoint."""
+        host = {name: value for name, value in (state or {}).items() if name != _STATE}
+        super().load_task_state(host or None, strict=strict, module=module, ema=ema)
+        if not ema:
+            self._restored = dict((state or {}).get(_STATE) or {})
+
+    def _begin(self, config: CodistillConfig, dataset: Any, save_dir: Optional[str | Path]) -> None:
+        model = unwrap_model(self.trainable_module)
+        self._codistiller = Codistiller(
+            config,
+            model=model,
+            build_peer=self._build_peer,
+            fingerprint=fingerprint(getattr(model, "num_classes", None), dataset),
+            save_dir=Path(save_dir or "."),  # worker 0 alone writes there
+        )
+        atexit.register(self._codistiller.close)
+        if self._restored:
+            self._codistiller.load_state_dict(self._restored)
+        if self._weight_decay is not None:
+            decaying = self._restored.get("decaying") or []
+            self._weight_decay.decaying = decaying if len(decaying) == len(self._optimizer.param_groups) else None
+        if config.sync:
+            self._generators = Generators(self.device)
+            self._generators.restore(self._restored.get("generators") or [])
+
+    def _begin_update(self) -> None:
+        if self._codistiller is None:
+            return
+        if self._checkpoint_at is not None:  # train.py goes on training only when it is written
+            self._codistiller.checkpoint_saved(self._checkpoint_at)
+            self._checkpoint_at = None
+        self._codistiller.begin_update(self._update, self._epoch)
+        if self._weight_decay is not None:
+            self._weight_decay.apply(self._optimizer.param_groups, self._update, self._epoch - 1)
+
+    def _penalty(self, codistiller: Codistiller, input: Tensor, output: Tensor) -> Tensor:
+        counted = output.shape[0]
+        if isinstance(self.criterion, JsdCrossEntropy):
+            counted //= self.criterion.num_splits
+        found = codistiller.penalty(output[:counted], lambda peer: peer(input[:counted]))
+        return codistiller.alpha / counted * found.loss
+
+    def _build_peer(self) -> nn.Module:
+        """A module like ours; compiled in place, so that the names of its weights stay the same."""
+        peer = copy.deepcopy(unwrap_model(self.trainable_module))
+        if self._compiled is not None:
+            peer.compile(**self._compiled)
+        return peer
