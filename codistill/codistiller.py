@@ -151,14 +151,15 @@ class Codistiller:
         """What a checkpoint must hold, in plain types."""
         return {
             "update": self._update,
+            "run_id": self.config.run_id,
             "init_hash": self._init_hash,
             "in_use": self._exchange.state_dict() if self._exchange else self._restored.get("in_use", {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave; before the first `begin_update`."""
+        """Go on from what `state_dict` gave; before the first `begin_update`. Another run has other snapshots."""
         self._init_hash = state["init_hash"]
-        self._restored = dict(state)
+        self._restored = dict(state) if state.get("run_id") == self.config.run_id else {}
 
     def checkpoint_saved(self, update: int) -> None:
         """A checkpoint of `update` is durable: a restart begins there, and the others may forget what is older."""
@@ -193,13 +194,12 @@ class Codistiller:
                 self._record_initial_weights(self._distance, state)
         if self.config.peers == 1:
             return
-        exchange = CheckpointExchange(
+        exchange = self._exchange = CheckpointExchange(
             self.config, self._workers, self._save_dir, self._state, self._build_peer, self._incidents
         )
         exchange.load_state_dict(self._restored.get("in_use", {}))
         terms = {name: getattr(self.config, name) for name in AGREED} | {"output": self._fingerprint}
         exchange.start(Identity(self._fingerprint, self._init_hash), terms, update, self._measure_distance)
-        self._exchange = exchange
 
     def _boundary(self, update: int, epoch: int) -> None:
         self._settle_sums()

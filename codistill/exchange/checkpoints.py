@@ -102,7 +102,10 @@ class CheckpointExchange:
             ConfigError: the dir cannot be opened, the run has other terms, the number is taken, or a synchronous run
                 cannot be resumed from here.
         """
-        self._template = Template(self._state(), self._config.dtype)
+        try:
+            self._template = Template(self._state(), self._config.dtype)
+        except ValueError as error:
+            raise ConfigError(f"this model cannot be codistilled: {error}") from None
         token = owner_token(self._save_dir) if self._workers.first else ""
         [key] = self._workers.share([int(token[:15] or "0", 16)])
         self._folder = Path(tempfile.gettempdir()) / f"codistill-{key:015x}"
@@ -240,7 +243,10 @@ class CheckpointExchange:
 
     def _start_fetcher(self, identity: Identity) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)  # left by a killed predecessor with our token
-        self._folder.mkdir(mode=0o700)
+        try:
+            self._folder.mkdir(mode=0o700)
+        except OSError as error:
+            raise ConfigError(f"{self._folder}: {error.strerror}; name a writable folder with TMPDIR") from None
         self._fetcher = Fetcher(
             self._reached_store,
             self._folder,
@@ -264,12 +270,22 @@ class CheckpointExchange:
         self._in_use = {p: InUse(used.proposal, before[p].accepted) for p, used in self._in_use.items()}
         for peer in sorted(before.keys() - self._in_use.keys()):
             self._miss(peer, before[peer].proposal.reference.update, update)
+        if self._config.sync:
+            self._require_next(update)
         if self._guide is not None and not self._config.sync:
             for peer in self._others:
                 self._guide.wish(peer, NEWEST)
 
+    def _require_next(self, update: int) -> None:
+        """Sync mode: a peer that is past our next boundary must still have the snapshot it published there."""
+        boundary = -(-max(update, 1) // self._config.interval) * self._config.interval
+        lacking = [peer for peer in self._others if self._guide is not None and self._guide.lacks(peer, boundary)]
+        [peer] = self._workers.share([lacking[0] if lacking else -1])
+        if peer >= 0:
+            self._miss(peer, boundary, update)
+
     def _miss(self, peer: int, theirs: int, update: int) -> None:
-        message = f"the snapshot of peer {peer} at update {theirs}, in use at update {update}, is gone"
+        message = f"the snapshot of peer {peer} at update {theirs} is gone"
         if self._config.sync:
             raise ConfigError(
                 f"{flag('sync')}: cannot resume from update {update}: {message}; "
@@ -317,6 +333,8 @@ class CheckpointExchange:
                     self._swap(proposal, update)
                 if answer is not Readiness.PENDING:
                     self._pending.pop(peer, None)
+                    if self._guide is not None and not self._config.sync:
+                        self._guide.wish(peer, NEWEST)  # a file that had vanished was wished for exactly
             self._opened.clear()
             if not patient or all(answer is not Readiness.PENDING for _, answer in agreed.values()):
                 return
@@ -331,9 +349,9 @@ class CheckpointExchange:
         for peer in self._others:
             manifest = self._guide.found(peer)
             used = self._in_use.get(peer)
-            if manifest is None or (used is not None and used.proposal.sha256 == manifest.sha256):
-                continue
-            self._pending.setdefault(peer, Proposal.of(manifest))
+            proposal = None if manifest is None else Proposal.of(manifest)
+            if proposal is not None and (used is None or used.proposal != proposal):
+                self._pending.setdefault(peer, proposal)
 
     def _readiness(self, proposal: Proposal) -> Readiness:
         """Whether this worker can swap to `proposal` right now; if it cannot, see to it that it can next time."""
@@ -353,8 +371,13 @@ class CheckpointExchange:
 
     def _swap(self, proposal: Proposal, update: int) -> None:
         peer = proposal.peer
-        if peer not in self._modules:
-            with untouched_generators():
-                self._modules[peer] = self._build_peer().eval().requires_grad_(False)
-        load(self._modules[peer].state_dict(), self._opened[peer])
+        try:
+            if peer not in self._modules:
+                with untouched_generators():
+                    self._modules[peer] = self._build_peer().eval().requires_grad_(False)
+            load(self._modules[peer].state_dict(), self._opened[peer])
+        except Exception as error:  # no room for its module, say: go on without
+            self._in_use.pop(peer, None)
+            self._incidents.report("internal", f"peer {peer}: {type(error).__name__}: {error}", about=str(peer))
+            return
         self._in_use[peer] = InUse(proposal, update)

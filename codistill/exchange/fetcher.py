@@ -79,7 +79,7 @@ class Fetcher:
         self._hopeless: set[int] = set()
         self._latest: dict[int, Latest] = {}
         self._highest: dict[int, tuple[int, int]] = {}
-        self._refused: set[str] = set()
+        self._refused: set[str] = set()  # digests, and places of snapshots older than the newest seen
         self._files: dict[int, deque[Path]] = {peer: deque() for peer in self._peers}
         self._changed = threading.Condition()  # guards `_wishes`, `_found`, `_hopeless`, `_hurried`, `_stopping`
         self._hurried = False
@@ -127,6 +127,16 @@ class Fetcher:
             self._changed.wait_for(lambda: all(p in self._found or p in self._hopeless for p in self._wishes), seconds)
             self._hurried = False
 
+    def lacks(self, peer: int, update: int) -> bool:
+        """Ask the store now: whether `peer` is past `update` and its snapshot of then is gone. False if unknown."""
+        try:
+            latest = self._store.latest(peer)
+        except ExchangeError:
+            return False
+        if latest is None or latest.manifest is None:
+            return False
+        return latest.manifest.update >= update and all(kept.update != update for kept in latest.retained)
+
     def lowest_floor(self) -> int:
         """The lowest update that any other peer could restart from; 0 while one has not been heard of."""
         return min((self._latest[p].resume_floor if p in self._latest else 0 for p in self._peers), default=0)
@@ -153,7 +163,10 @@ class Fetcher:
             return
         try:
             manifest = self._resolve(peer, wish, fulfilled)
-            if manifest is None or manifest.sha256 in self._refused:
+            if manifest is None:
+                return
+            if manifest.sha256 in self._refused:
+                self._give_up(peer, wish)
                 return
             if not snapshot_file(self._folder, manifest.sha256).exists():
                 self._fetch(peer, manifest)
@@ -196,12 +209,14 @@ class Fetcher:
         if manifest is None:
             return None
         at, highest = (manifest.incarnation, manifest.sequence), self._highest.get(peer, (0, 0))
-        if at == highest:
-            return None
-        self._highest[peer] = max(at, highest)
         if at < highest:
+            older = f"peer {peer}, {at}"
+            if older in self._refused:
+                return None
+            self._refused.add(older)
             raise Refused("rollback", f"snapshot {at} (incarnation, sequence) is older than {highest}, seen before")
-        return manifest
+        self._highest[peer] = at
+        return None if self.found(peer) == manifest else manifest
 
     def _fetch(self, peer: int, manifest: Manifest) -> None:
         """Bring the payload here and verify it: bytes, sha256, header, names, shapes, dtypes, finiteness."""
@@ -212,7 +227,6 @@ class Fetcher:
             if manifest.bytes > limit:
                 raise Refused("size", f"{manifest.bytes} bytes, but a snapshot of this model has at most {limit}")
             if not self._store.download(manifest, part):
-                self._highest.pop(peer, None)  # pruned under our hands: read the manifest again
                 raise ExchangeError("pruned", f"update {manifest.update} was pruned before it was read")
             self.received += manifest.bytes
             self._template.open(part)
@@ -220,9 +234,6 @@ class Fetcher:
             part.replace(snapshot_file(self._folder, manifest.sha256))
         except Refused:
             self._refused.add(manifest.sha256)
-            raise
-        except (ExchangeError, OSError):
-            self._highest.pop(peer, None)
             raise
         finally:
             part.unlink(missing_ok=True)

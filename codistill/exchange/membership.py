@@ -44,6 +44,7 @@ def owner_token(save_dir: Path) -> str:
         if not path.exists():
             save_dir.mkdir(parents=True, exist_ok=True)
             unfinished = path.with_name(f".{TOKEN_FILE}.{os.getpid()}")
+            unfinished.touch(mode=0o600)
             unfinished.write_text(secrets.token_hex(32), encoding="ascii")
             os.replace(unfinished, path)
         return hashlib.sha256(path.read_bytes().strip()).hexdigest()

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import secrets
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Optional
@@ -74,6 +75,7 @@ class Publisher:
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
         self._retired = False  # another process has our number, or the run has other terms: nothing is written any more
+        self._ended = False
         self._floor = 0
         self._sequence = 0
         self.sent = 0
@@ -128,17 +130,13 @@ class Publisher:
             seconds: the bound.
             ended: training ended normally: `latest.json` says so.
         """
-        flushed = self.flush(seconds)
+        deadline = time.monotonic() + seconds
+        self._ended = self.flush(seconds) and ended
         self._stop()
-        if not flushed:
-            self._incidents.report(
-                "storage", f"the last snapshot was still being stored after {seconds:g} s; left behind"
-            )
-            return
         for thread in self._threads:
-            thread.join(seconds)
-        if self._latest is not None and not self._retired:
-            self._attempt(lambda: self._overwrite(closed=ended))
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if any(thread.is_alive() for thread in self._threads):
+            self._incidents.report("storage", f"the store was still busy after {seconds:g} s; the end is left untold")
 
     def _publish_loop(self) -> None:
         while True:
@@ -156,7 +154,9 @@ class Publisher:
         while True:
             self._attempt(self._beat)
             if self._stopping.wait(HEARTBEAT_SECONDS):
-                return
+                break
+        if self._ended and self._latest is not None and not self._retired:
+            self._attempt(lambda: self._overwrite(closed=True))
 
     def _attempt(self, action: Callable[[], None]) -> None:
         try:
@@ -216,8 +216,12 @@ class Publisher:
             self._latest = latest
 
     def _store_snapshot(self, buffer: HostBuffer, job: _Job) -> None:
-        retained = self._joined().retained
+        latest = self._joined()
+        retained, newest = latest.retained, latest.manifest
         if self._retired:
+            return
+        if job.final and newest and (newest.incarnation, newest.update) == (latest.incarnation, job.update):
+            self._overwrite(manifest=replace(newest, final=True))  # on the store already, under a name used once
             return
         self._on_buffer(buffer.tensors())
         payload = buffer.view()

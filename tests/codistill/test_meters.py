@@ -1,0 +1,105 @@
+"""Incidents, the distance from initialisation and metrics.jsonl: what is reported, and that it never ends a run."""
+
+import json
+import logging
+import math
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from codistill import KEYS, ExchangeFailed
+from codistill.meters import INITIAL_WEIGHTS, METRICS_FILE, Distance, Incidents, MetricsFile
+
+
+def test_the_metric_keys_are_frozen():
+    assert KEYS == (
+        "alpha",
+        "loss",
+        "agreement",
+        "peers",
+        "staleness",
+        "gap",
+        "distance",
+        "sent",
+        "received",
+        "seconds",
+        "skipped",
+        "incidents",
+    )
+
+
+def test_every_incident_is_counted_and_each_cause_is_logged_once_for_each_peer(caplog):
+    incidents = Incidents(fatal=False)
+    with caplog.at_level(logging.WARNING, "codistill"):
+        for about in ("1", "1", "2"):
+            incidents.report("hash", f"peer {about}: wrong digest", about=about)
+        incidents.report("storage", "the store is gone")
+    assert (incidents.counts, incidents.total) == ({"hash": 3, "storage": 1}, 4)
+    assert [record.getMessage() for record in caplog.records] == [
+        "codistill: peer 1: wrong digest (hash; counted, and not logged again for the same cause)",
+        "codistill: peer 2: wrong digest (hash; counted, and not logged again for the same cause)",
+        "codistill: the store is gone (storage; counted, and not logged again for the same cause)",
+    ]
+
+
+def test_incidents_of_many_threads_are_all_counted():
+    incidents = Incidents(fatal=False)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: incidents.report(f"cause {i % 3}", "it failed"), range(300)))
+    assert incidents.counts == {"cause 0": 100, "cause 1": 100, "cause 2": 100}
+
+
+def test_only_a_fatal_incident_ends_the_run_and_it_names_the_first():
+    patient, fatal = Incidents(fatal=False), Incidents(fatal=True)
+    fatal.check()
+    for incidents in (patient, fatal):
+        incidents.report("hash", "the first")
+        incidents.report("storage", "the second")
+    patient.check()
+    with pytest.raises(ExchangeFailed) as caught:
+        fatal.check()
+    assert str(caught.value) == "the first; ended by --codistill-on-error fail"
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_the_distance_is_the_l2_norm_over_the_named_parameters(tmp_path):
+    start = {"w": torch.zeros(2, 2), "v": torch.ones(3), "buffer": torch.zeros(4)}
+    distance = Distance(tmp_path, ["w", "v"])
+    distance.record(start)
+    assert distance.measure(start) == 0
+    moved = {"w": torch.full((2, 2), 2.0), "v": torch.tensor([1.0, 1.0, 4.0]), "buffer": torch.full((4,), 9.0)}
+    assert distance.measure(moved) == pytest.approx(5.0)
+    assert [path.name for path in tmp_path.iterdir()] == [INITIAL_WEIGHTS]
+
+
+def test_the_distance_survives_a_restart_and_takes_low_precision(tmp_path):
+    Distance(tmp_path, ["w"]).record({"w": torch.zeros(4, dtype=torch.bfloat16)})
+    assert Distance(tmp_path, ["w"]).measure({"w": torch.full((4,), 0.5, dtype=torch.float16)}) == 1.0
+
+
+def test_tied_and_non_contiguous_parameters_can_be_recorded(tmp_path):
+    shared = torch.arange(6.0).view(2, 3)
+    Distance(tmp_path, ["a", "b", "t"]).record({"a": shared, "b": shared, "t": shared.t()})
+    moved = {"a": shared + 1, "b": shared, "t": shared.t()}
+    assert Distance(tmp_path, ["a", "b", "t"]).measure(moved) == pytest.approx(math.sqrt(6))
+
+
+def test_without_the_initial_weights_the_distance_is_not_a_number(tmp_path):
+    assert math.isnan(Distance(tmp_path, ["w"]).measure({"w": torch.ones(1)}))
+
+
+def test_metrics_are_appended_as_strict_json_lines(tmp_path):
+    incidents = Incidents(fatal=False)
+    for update in (1, 2):
+        MetricsFile(tmp_path, incidents).write({"update": update, "loss": math.nan, "alpha": math.inf})
+    lines = (tmp_path / METRICS_FILE).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"update": u, "loss": None, "alpha": None} for u in (1, 2)]
+    assert incidents.total == 0
+
+
+def test_metrics_that_cannot_be_written_are_an_incident(tmp_path):
+    incidents = Incidents(fatal=False)
+    MetricsFile(tmp_path / "missing", incidents).write({"update": 1})
+    assert incidents.counts == {"metrics": 1}
