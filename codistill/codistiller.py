@@ -230,7 +230,7 @@ class Codistiller:
             return
         try:
             self._moved = self._distance.measure(state)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, RuntimeError) as error:  # unreadable, or of another model
             self._moved = math.nan
             self._incidents.report("metrics", f"the distance from initialisation is not known: {error}")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import typing
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -22,6 +23,9 @@ ON_ERROR = ("continue", "fail")
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MAX_PEERS = 1024
 STALE_INTERVALS = 10
+
+
+_WANTED = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
 class ConfigError(ValueError):
@@ -38,6 +42,20 @@ def option(default: Any, help: str, choices: Optional[tuple[str, ...]] = None) -
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
+def check_types(options: Any) -> None:
+    """Judge that every value of an options object has its field's type; whole numbers pass as numbers.
+
+    Raises:
+        ConfigError: on the first that has not.
+    """
+    hints = typing.get_type_hints(type(options))
+    for item in dataclasses.fields(options):
+        value, kinds = getattr(options, item.name), typing.get_args(hints[item.name]) or (hints[item.name],)
+        accepted = (*kinds, int) if float in kinds else kinds
+        if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
+            raise ConfigError(f"{flag(item.name)} {value!r}: must be {_WANTED[kinds[0]]}")
+
+
 @dataclass
 class DataConfig:
     """Which part of the training set to use; a baseline and the peers compared with it use the same."""
@@ -51,6 +69,7 @@ class DataConfig:
         Raises:
             ConfigError: when the fraction is not one.
         """
+        check_types(self)
         if not 0 < self.data_fraction <= 1:
             raise ConfigError(
                 f"{flag('data_fraction')} {self.data_fraction}: must be above 0 and at most 1; "
@@ -116,6 +135,7 @@ class CodistillConfig:
         Raises:
             ConfigError: on the first that cannot work.
         """
+        check_types(self)
         self._check_numbers()
         self._check_choices()
         self._check_place()
@@ -156,7 +176,8 @@ class CodistillConfig:
 
     def error(self, name: str, rule: str) -> ConfigError:
         """A `ConfigError` about option `name`: the flag, its value, the rule."""
-        return ConfigError(f"{flag(name)} {getattr(self, name)}: {rule}")
+        value = getattr(self, name)
+        return ConfigError(f"{flag(name)} {value if str(value).isprintable() else repr(value)}: {rule}")
 
     def _check_numbers(self) -> None:
         if self.peers < 1 or self.peers > MAX_PEERS:

@@ -106,7 +106,7 @@ class CheckpointExchange:
             self._template = Template(self._state(), self._config.dtype)
         except ValueError as error:
             raise ConfigError(f"this model cannot be codistilled: {error}") from None
-        token = owner_token(self._save_dir) if self._workers.first else ""
+        token = owner_token(self._save_dir, self._config.peer) if self._workers.first else ""
         [key] = self._workers.share([int(token[:15] or "0", 16)])
         self._folder = Path(tempfile.gettempdir()) / f"codistill-{key:015x}"
         if self._workers.fetches:

@@ -33,11 +33,11 @@ class Identity:
     init_hash: str
 
 
-def owner_token(save_dir: Path) -> str:
-    """The public half of the token in `save_dir` (its sha256, hex); made on first use.
+def owner_token(save_dir: Path, peer: int) -> str:
+    """The public half of the token in `save_dir` (its sha256, hex); made on first use, for one peer number.
 
     Raises:
-        ConfigError: if the save dir cannot hold it.
+        ConfigError: if the save dir cannot hold it, or holds another peer's.
     """
     path = save_dir / TOKEN_FILE
     try:
@@ -45,13 +45,18 @@ def owner_token(save_dir: Path) -> str:
             save_dir.mkdir(parents=True, exist_ok=True)
             unfinished = path.with_name(f".{TOKEN_FILE}.{os.getpid()}")
             unfinished.touch(mode=0o600)
-            unfinished.write_text(secrets.token_hex(32), encoding="ascii")
+            unfinished.write_text(f"{secrets.token_hex(32)} {peer}\n", encoding="ascii")
             os.replace(unfinished, path)
-        return hashlib.sha256(path.read_bytes().strip()).hexdigest()
+        secret, _, owner = path.read_text(encoding="ascii").strip().partition(" ")
     except OSError as error:
         raise ConfigError(
             f"{path}: {error.strerror}; the save dir must be writable, since it holds the token that owns a peer number"
         ) from None
+    if owner != str(peer):
+        raise ConfigError(
+            f"{flag('peer')} {peer}: {save_dir} is the save dir of peer {owner}; give each peer a save dir of its own"
+        )
+    return hashlib.sha256(secret.encode()).hexdigest()
 
 
 class Membership:

@@ -169,23 +169,32 @@ def test_starts_that_join_at_once_each_get_an_incarnation_of_their_own(store):
 
 def test_the_token_is_made_once_kept_private_and_only_its_digest_is_told(tmp_path):
     folder = tmp_path / "save" / "dir"
-    public = owner_token(folder)
-    secret = (folder / TOKEN_FILE).read_bytes()
-    assert owner_token(folder) == public == hashlib.sha256(secret).hexdigest()
-    assert len(secret) == 64
-    assert owner_token(tmp_path / "other") != public
+    public = owner_token(folder, 0)
+    secret, peer = (folder / TOKEN_FILE).read_bytes().split()
+    assert owner_token(folder, 0) == public == hashlib.sha256(secret).hexdigest()
+    assert (len(secret), peer) == (64, b"0")
+    assert owner_token(tmp_path / "other", 0) != public
     assert [path.name for path in folder.iterdir()] == [TOKEN_FILE]
 
 
+def test_a_save_dir_belongs_to_one_peer(tmp_path):
+    owner_token(tmp_path, 0)
+    with pytest.raises(ConfigError) as caught:
+        owner_token(tmp_path, 1)
+    assert str(caught.value) == (
+        f"--codistill-peer 1: {tmp_path} is the save dir of peer 0; give each peer a save dir of its own"
+    )
+
+
 def test_the_token_can_be_read_by_its_owner_alone(tmp_path):
-    owner_token(tmp_path)
+    owner_token(tmp_path, 0)
     assert stat.S_IMODE((tmp_path / TOKEN_FILE).stat().st_mode) == 0o600
 
 
 def test_a_save_dir_that_cannot_hold_the_token_is_told_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError) as caught:
-        owner_token(tmp_path / "file" / "save")
+        owner_token(tmp_path / "file" / "save", 0)
     assert str(caught.value) == (
         f"{tmp_path}/file/save/{TOKEN_FILE}: Not a directory; "
         "the save dir must be writable, since it holds the token that owns a peer number"
