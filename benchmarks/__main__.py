@@ -8,9 +8,9 @@ import platform
 
 import torch
 
-from benchmarks import exchange_cost, memory, update_cost
+from benchmarks import exchange_cost, memory, timm_update_cost, update_cost
 
-QUESTIONS = {"update": update_cost, "exchange": exchange_cost, "memory": memory}
+QUESTIONS = {"update": update_cost, "timm": timm_update_cost, "exchange": exchange_cost, "memory": memory}
 
 
 def main() -> None:
