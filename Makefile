@@ -20,8 +20,8 @@ help:  ## list the targets
 
 env: $(STAMPS)/project  ## build the environment, or finish a half-built one (about 8 minutes)
 
-demo: env  ## two peers codistil on a real corpus; ends with a table and a picture
-	$(BIN)/python -m recipes.embedded.nmt.demo $(ARGS)
+demo: env  ## two peers codistil on real text and images; ends with two tables and a picture
+	$(BIN)/python -m recipes.embedded.demo $(ARGS)
 
 test: env  ## run the tests (ARGS="-k staleness" picks some)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)

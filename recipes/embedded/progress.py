@@ -39,6 +39,28 @@ class Progress:
         self._stream.flush()
 
 
+class Pace:
+    """Time that a training has left, by the updates it took since it was first seen to move.
+
+    Args:
+        updates: how many there will be.
+    """
+
+    def __init__(self, updates: int) -> None:
+        self._updates = updates
+        self._first: tuple[float, int] | None = None  # (time, update)
+
+    def left(self, update: int) -> str:
+        """M:SS from `update`, which is above 0; `-:--` while nothing is known."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, update)
+        since, begun = self._first
+        if update <= begun:
+            return "-:--"
+        return clock((self._updates - update) * (now - since) / (update - begun))
+
+
 def clock(seconds: float) -> str:
     """Seconds as M:SS."""
     whole = max(0, round(seconds))

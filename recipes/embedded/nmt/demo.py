@@ -1,4 +1,4 @@
-"""`make demo`: fetch a corpus, train three arms under the paper's comparison rule, end with one table and one picture.
+"""The fairseq half of `make demo`: a corpus, three arms under the paper's comparison rule, one table and one picture.
 
 Downloads, data and finished arms are reused; an interrupted arm starts again clean. Whatever goes wrong ends in one
 line and exit status 1 (Ctrl-C and SIGTERM: 130), with no process left behind.
@@ -14,14 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
+from recipes.embedded import commandline
 from recipes.embedded.nmt import results
 from recipes.embedded.nmt.arms import Arm
 from recipes.embedded.nmt.data import prepare
 from recipes.embedded.nmt.settings import ARMS, GRID, Corpus, Training
-from recipes.embedded.processes import ProcessFailed, run_all
-from recipes.embedded.progress import Progress, clock
-from recipes.embedded.report import draw_curves, table, thousands
-from recipes.embedded.steps import StepError, exclusive, step
+from recipes.embedded.processes import run_all
+from recipes.embedded.progress import Pace, Progress, clock
+from recipes.embedded.report import Panel, draw_curves, table, thousands
+from recipes.embedded.steps import exclusive, step
 
 ARM_SECONDS = 1200.0
 TRANSLATE_SECONDS = 300.0
@@ -51,20 +52,16 @@ class Model:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo (or the search) and return the exit status."""
     args = _parser().parse_args(argv)
-    progress = Progress()
-    try:
-        training = Training() if args.updates is None else Training(updates=args.updates)
-        with exclusive(args.data / "nmt"):
-            (_search if args.search else _demo)(args.data, training, progress)
-    except (StepError, ProcessFailed) as error:
-        progress.say("")
-        print(f"demo: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        progress.say("")
-        print("demo: interrupted; what is finished is kept, run again to go on", file=sys.stderr)
-        return 130
-    return 0
+    training = Training() if args.updates is None else Training(updates=args.updates)
+
+    def work(progress: Progress) -> None:
+        if args.search:
+            search(args.data, training, progress)
+            return
+        report, _ = demonstrate(args.data, training, progress)
+        progress.say(f"\n{report}\n\nvalidation curves: {args.data / 'nmt' / 'demo.png'}")
+
+    return commandline.run(work)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,55 +71,59 @@ def _parser() -> argparse.ArgumentParser:
         "two workers and one model alone. About six minutes of training on two CPU cores, once.",
     )
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder for downloads and results (data)")
-    parser.add_argument("--updates", type=_updates, help=f"updates of every worker ({Training().updates})")
+    parser.add_argument("--updates", type=commandline.updates, help=f"updates of every worker ({Training().updates})")
     parser.add_argument(
         "--search", action="store_true", help=f"instead, train every arm at dropout {GRID} and compare validation NLL"
     )
     return parser
 
 
-def _updates(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
+def demonstrate(data: Path, training: Training, progress: Progress) -> tuple[str, Panel]:
+    """Train what is not trained yet below `data`/nmt, and leave demo.txt and demo.png there.
+
+    Returns:
+        The table with its notes, and the validation curves.
+    """
+    with exclusive(data / "nmt"):
+        corpus = Corpus()
+        arms = [_arm(name, data, corpus, training) for name in ARMS]
+        _prepare(data, corpus, progress)
+        models: list[Model] = []
+        for number, arm in enumerate(arms, start=1):
+            seconds = _train(arm, f"[{number}/{len(arms)} {arm.name}]", progress)
+            models += _evaluate(arm, seconds, progress)
+        panel = Panel(
+            curves={model.name: model.training.valid for model in models},
+            title=f"{training.updates} updates a worker, {corpus.train:,} sentence pairs",
+            xlabel="update",
+            ylabel="validation NLL (bits per subword)",
+            span=1.5,
+        )
+        draw_curves(data / "nmt" / "demo.png", **panel)
+        report = _report(models, training)
+        (data / "nmt" / "demo.txt").write_text(report + "\n", encoding="utf-8")
+    return report, panel
 
 
-def _demo(data: Path, training: Training, progress: Progress) -> None:
-    corpus = Corpus()
-    arms = [_arm(name, data, corpus, training) for name in ARMS]
-    _prepare(data, corpus, progress)
-    models: list[Model] = []
-    for number, arm in enumerate(arms, start=1):
-        seconds = _train(arm, f"[{number}/{len(arms)} {arm.name}]", progress)
-        models += _evaluate(arm, seconds, progress)
-    picture = data / "nmt" / "demo.png"
-    curves = {model.name: model.training.valid for model in models}
-    title = f"{training.updates} updates a worker, {corpus.train:,} sentence pairs"
-    ylabel = "validation NLL (bits per subword)"
-    draw_curves(picture, curves, title=title, xlabel="update", ylabel=ylabel, span=1.5)
-    report = _report(models, training)
-    (data / "nmt" / "demo.txt").write_text(report + "\n", encoding="utf-8")
-    progress.say(f"\n{report}\n\nvalidation curves: {picture}")
-
-
-def _search(data: Path, training: Training, progress: Progress) -> None:
-    corpus = Corpus()
-    _prepare(data, corpus, progress)
-    arms = [
-        _arm(name, data, corpus, replace(training, dropout={**training.dropout, name: dropout}))
-        for name in ARMS
-        for dropout in GRID
-    ]
-    rows = []
-    for number, arm in enumerate(arms, start=1):
-        seconds = _train(arm, f"[{number}/{len(arms)} {arm.name}, dropout {arm.dropout:g}]", progress)
-        logs = [results.read_log(arm.log(member)) for member in range(arm.members)]
-        best = " ".join(f"{log.best[1]:.3f}" for log in logs)
-        at = " ".join(f"{log.best[0]}" for log in logs)
-        end = " ".join(f"{log.end:.3f}" for log in logs)
-        rows.append([arm.name, f"{arm.dropout:g}", best, at, end, clock(seconds)])
-    progress.say("\n" + table(("arm", "dropout", "valid NLL", "at update", "at the end", "wall"), rows))
+def search(data: Path, training: Training, progress: Progress) -> None:
+    """Train every arm at every dropout of the grid and compare their validation NLL."""
+    with exclusive(data / "nmt"):
+        corpus = Corpus()
+        _prepare(data, corpus, progress)
+        arms = [
+            _arm(name, data, corpus, replace(training, dropout={**training.dropout, name: dropout}))
+            for name in ARMS
+            for dropout in GRID
+        ]
+        rows = []
+        for number, arm in enumerate(arms, start=1):
+            seconds = _train(arm, f"[{number}/{len(arms)} {arm.name}, dropout {arm.dropout:g}]", progress)
+            logs = [results.read_log(arm.log(member)) for member in range(arm.members)]
+            best = " ".join(f"{log.best[1]:.3f}" for log in logs)
+            at = " ".join(f"{log.best[0]}" for log in logs)
+            end = " ".join(f"{log.end:.3f}" for log in logs)
+            rows.append([arm.name, f"{arm.dropout:g}", best, at, end, clock(seconds)])
+        progress.say("\n" + table(("arm", "dropout", "valid NLL", "at update", "at the end", "wall"), rows))
 
 
 def _arm(name: str, data: Path, corpus: Corpus, training: Training) -> Arm:
@@ -157,7 +158,7 @@ def _train(arm: Arm, label: str, progress: Progress) -> float:
 
 
 def _watch(arm: Arm, label: str, progress: Progress) -> Callable[[], None]:
-    first: list[tuple[float, int]] = []  # (time, update) when training was first seen to move
+    pace = Pace(arm.training.updates)
 
     def watch() -> None:
         logs = [results.read_log(arm.log(member)) for member in range(arm.members)]
@@ -165,14 +166,8 @@ def _watch(arm: Arm, label: str, progress: Progress) -> Callable[[], None]:
         if update == 0:
             progress.show(f"{label} starting")
             return
-        now = time.monotonic()
-        if not first:
-            first.append((now, update))
-        since, begun = first[0]
-        left = (arm.training.updates - update) * (now - since) / (update - begun) if update > begun else None
         nll = ", ".join(f"{log.valid[-1][1]:.3f}" for log in logs if log.valid) or "not yet"
-        eta = "-:--" if left is None else clock(left)
-        progress.show(f"{label} update {update}/{arm.training.updates}, valid NLL {nll}, ETA {eta}")
+        progress.show(f"{label} update {update}/{arm.training.updates}, valid NLL {nll}, ETA {pace.left(update)}")
 
     return watch
 

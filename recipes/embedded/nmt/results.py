@@ -1,19 +1,33 @@
-"""Numbers out of what the trainings wrote: fairseq's JSON log lines, metrics.jsonl, and fairseq-generate's output."""
+"""Numbers out of what the trainings wrote: fairseq's JSON log lines and fairseq-generate's output.
+
+What is not fairseq's own comes from `recipes.embedded.measures` and is named here too.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from recipes.embedded.measures import FLOAT_BYTES, distance, read_metrics, ring_all_reduce_bytes, sent_bytes
+
+__all__ = [
+    "FLOAT_BYTES",
+    "Training",
+    "bleu",
+    "distance",
+    "read_hypotheses",
+    "read_log",
+    "read_metrics",
+    "ring_all_reduce_bytes",
+    "sent_bytes",
+]
 
 _ENTRY = re.compile(r"\| (train_inner|train|valid) \| (\{.*\})\s*$")
 _PARAMETERS = re.compile(r"num\. shared model params: .*\(num\. trained: ([\d,]+)\)")
 _HYPOTHESIS = re.compile(r"D-(\d+)\t[^\t]*\t(.*)")
-FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -63,31 +77,6 @@ def read_log(path: Path) -> Training:
         seen = values.get("num_updates") or values.get("train_num_updates") or values.get("valid_num_updates")
         update = max(update, int(seen or 0))
     return Training(update, sorted(valid.items()), parameters)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics.jsonl, oldest first."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
-
-
-def distance(metrics: Sequence[Mapping[str, Any]]) -> float:
-    """The last distance from initialisation that was measured; NaN if none was."""
-    seen = [row["distance"] for row in metrics if row.get("distance") is not None]
-    return float(seen[-1]) if seen else math.nan
-
-
-def sent_bytes(metrics: Sequence[Mapping[str, Any]]) -> int:
-    """Bytes put on the exchange from the start to the last line; 0 where nothing was exchanged."""
-    return max((int(row["sent"]) for row in metrics if row.get("sent") is not None), default=0)
-
-
-def ring_all_reduce_bytes(parameters: int, workers: int) -> float:
-    """Bytes one worker sends per update in a ring all_reduce of float32 gradients: 2 (n-1)/n · 4 · parameters.
-
-    Each of n workers sends n-1 pieces of size 1/n while reducing and as many while gathering.
-    """
-    return 2 * (workers - 1) / workers * FLOAT_BYTES * parameters
 
 
 def read_hypotheses(path: Path) -> list[str]:

@@ -1,0 +1,44 @@
+"""Every number of the demo, in one place. What a training depends on is what its digest is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+ARMS = ("all_reduce", "codistill", "alone")
+SEEDS = (0, 1, 2, 3, 4)
+GRID = (0.01, 0.03, 0.1)
+GRID_SEEDS = SEEDS[:3]
+SCANS = 1437  # in the training split that `data.write_digits` makes of scikit-learn's digits
+VALIDATION = 360
+
+
+@dataclass(frozen=True)
+class Training:
+    """One regime for every arm; only the learning rate may differ, on the same grid.
+
+    Args:
+        images: of the training split; which ones depends on the seed, the same for every arm.
+        batch: images per worker and update; `images` is a multiple of it for one worker and for two.
+        updates: of every worker; a multiple of an epoch of one worker.
+    """
+
+    updates: int = 240
+    images: int = 128
+    batch: int = 16
+    pixels: int = 32
+    model: str = "resnet10t"
+    channels: tuple[int, ...] = (16, 32, 64, 128)
+    stem: int = 16
+    crop: float = 1.0  # validate on whole scans; timm's default for the model enlarges and crops, training does not
+    weight_decay: float = 1e-4
+    loss: str = "kl"
+    alpha: float = 1.0
+    burn_in: int = 40
+    interval: int = 20
+    lr: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(ARMS, 0.03))
+
+    def __post_init__(self) -> None:
+        whole = self.images // self.batch
+        if self.updates < 1 or self.updates % whole:
+            raise ValueError(f"{self.updates} updates: must be a multiple of {whole}, the updates of an epoch")
