@@ -235,7 +235,7 @@ def _report(models: Sequence[Model], training: Training) -> str:
         "distance: L2 from the initial weights, at the end. wall: one seed, with the start of its processes.",
         "bytes/update: sent by one worker; measured for the exchange;",
         f"  * computed for all_reduce: 2(n-1)/n x {measures.FLOAT_BYTES} bytes x parameters, a ring of n = 2 workers.",
-        f"learning rate, of {GRID}: {lr}.",
+        f"learning rate, the best of {GRID} by top-1 at the end: {lr}.",
     ]
     return "\n".join([table(HEADER, [model.row() for model in models]), "", *notes])
 

@@ -36,7 +36,7 @@ class Training:
     alpha: float = 1.0
     burn_in: int = 40
     interval: int = 20
-    lr: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(ARMS, 0.03))
+    lr: Mapping[str, float] = field(default_factory=lambda: {"all_reduce": 0.1, "codistill": 0.03, "alone": 0.03})
 
     def __post_init__(self) -> None:
         whole = self.images // self.batch
