@@ -80,14 +80,14 @@ def test_an_arms_folder_follows_its_own_settings_and_seed_only():
     assert len({arm(name, changed, seed).folder for name in ARMS for changed in changes for seed in SEEDS}) == 30
 
 
-def test_arms_differ_in_workers_epochs_and_peers_alone():
-    own = {"--epochs", "--output", "--experiment"}
+def test_arms_differ_in_workers_epochs_peers_and_learning_rate_alone():
+    own = {"--epochs", "--lr", "--output", "--experiment"}
     codistilling = {"--codistill-" + name for name in ("peers", "dir", "peer", "loss", "alpha", "burn-in")}
     commands = [flags(command.argv) for name in ARMS for command in arm(name).train_commands()]
     shared = [{key: value for key, value in command.items() if key not in own | codistilling} for command in commands]
     assert len(commands) == 4
     assert all(command == shared[0] for command in shared)
-    assert {"--lr", "--seed", "--codistill-data-fraction", "--codistill-data-seed"} <= set(shared[0])
+    assert {"--batch-size", "--seed", "--codistill-data-fraction", "--codistill-data-seed"} <= set(shared[0])
     assert [command["--codistill-peers"] for command in commands] == ["1", "2", "2", "1"]
     assert [int(command["--epochs"]) for command in commands] == [60, 30, 30, 30]
 

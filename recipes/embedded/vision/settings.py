@@ -15,7 +15,7 @@ VALIDATION = 360
 
 @dataclass(frozen=True)
 class Training:
-    """One regime for every arm; only the learning rate may differ, on the same grid.
+    """One regime for every arm; only the learning rate may differ, chosen for each arm over the same grid.
 
     Args:
         images: of the training split; which ones depends on the seed, the same for every arm.
