@@ -34,7 +34,7 @@ setup(
     package_dir={"": "."},
     packages=find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]),
     package_data={"": ["py.typed"]},
-    install_requires=["torch>=2.6", "obstore", "safetensors", "numpy"],
+    install_requires=["torch>=2.6", "obstore", "safetensors", "numpy", "rich"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": CONSOLE_SCRIPTS},
     zip_safe=False,

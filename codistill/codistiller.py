@@ -26,6 +26,7 @@ from codistill.exchange.membership import Identity
 from codistill.exchange.snapshot import distinct, weights_hash
 from codistill.losses import Distilled, distill
 from codistill.meters import Distance, Incidents, MetricsFile
+from codistill.termination import Termination
 from codistill.workers import Workers
 
 AGREED = ("peers", "interval", "loss", "temperature", "sync", "dtype")
@@ -47,6 +48,7 @@ class Codistiller:
         build_peer: Callable[[], nn.Module],
         fingerprint: str,
         save_dir: Path,
+        architecture: Optional[Mapping[str, Any]] = None,
     ) -> None:
         """Nothing is read, written or started before the first `begin_update`.
 
@@ -57,18 +59,20 @@ class Codistiller:
                 numbers, which are given back.
             fingerprint: sha256 (hex) of the output space: dictionary or class list.
             save_dir: for the owner token, the initial weights and `metrics.jsonl`.
+            architecture: registry name and JSON arguments of the model, to be told with every snapshot.
         """
         self.config = config
         self.alpha = 0.0
         self._schedule = config.alpha_schedule()
         self._model, self._build_peer = model, build_peer
-        self._fingerprint, self._save_dir = fingerprint, save_dir
+        self._fingerprint, self._save_dir, self._architecture = fingerprint, save_dir, architecture
         self._incidents = Incidents(fatal=config.on_error == "fail")
         self._metrics_file = MetricsFile(save_dir, self._incidents)
         self._distance: Optional[Distance] = None
         self._moved = 0.0
         self._workers: Optional[Workers] = None
         self._exchange: Optional[CheckpointExchange] = None
+        self._termination = Termination()
         self._update: Optional[int] = None
         self._epoch = 1
         self._init_hash: Optional[str] = None
@@ -96,6 +100,8 @@ class Codistiller:
         began = time.perf_counter()
         if first:
             self._start(update)
+        if self._termination.requested:
+            self._leave(update, epoch)
         if update > 0 and update % self.config.interval == 0:
             self._boundary(update, epoch)
         self._seconds += time.perf_counter() - began
@@ -172,12 +178,13 @@ class Codistiller:
             return
         self._update = update
         if self._exchange is not None:
-            self._exchange.finish(update, self._epoch, {"alpha": self.alpha})
+            self._exchange.finish(update, self._epoch, self.metrics())
         self._report(update)
         self.close()
 
     def close(self) -> None:
         """Stop what runs in the background; safe to call twice, and at any time."""
+        self._termination.remove()
         if self._exchange is not None:
             self._exchange.close()
         if self._workers is not None:
@@ -199,7 +206,17 @@ class Codistiller:
         )
         exchange.load_state_dict(self._restored.get("in_use", {}))
         terms = {name: getattr(self.config, name) for name in AGREED} | {"output": self._fingerprint}
-        exchange.start(Identity(self._fingerprint, self._init_hash), terms, update, self._measure_distance)
+        identity = Identity(self._fingerprint, self._init_hash, self._architecture)
+        exchange.start(identity, terms, update, self._measure_distance)
+        self._termination.install()
+
+    def _leave(self, update: int, epoch: int) -> None:
+        """SIGTERM has come: publish what we have now, never as final, and let the process go its way."""
+        if self._exchange is not None:
+            self._exchange.leave(update, epoch, self.metrics(), self._termination.seconds_left)
+            if self._termination.deadly:
+                self._exchange.close(self._termination.seconds_left)
+        self._termination.settle()
 
     def _boundary(self, update: int, epoch: int) -> None:
         self._settle_sums()
@@ -207,7 +224,7 @@ class Codistiller:
             if self._workers is not None and self._workers.first:
                 self._measure_distance(self._state())
         else:
-            self._exchange.boundary(update, epoch, {"alpha": self.alpha, "loss": self._means[0]})
+            self._exchange.boundary(update, epoch, self.metrics())
         self._report(update)
 
     def _report(self, update: int) -> None:

@@ -14,9 +14,9 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from codistill.losses import LOSSES
 from codistill.schedules import Alpha, Piecewise, ScheduleError
 
+LOSSES = ("kl", "mse", "ce")
 SCHEMES = ("file", "s3", "gs", "az")
 WIRE_DTYPES = ("float32", "bfloat16", "float16")
 ON_ERROR = ("continue", "fail")
@@ -223,4 +223,6 @@ class CodistillConfig:
             return
         scheme, separator, _ = self.dir.partition("://")
         if separator and scheme not in SCHEMES:
-            raise self.error("dir", f"must be a folder or start with one of {', '.join(s + '://' for s in SCHEMES)}")
+            schemes = ", ".join(f"{known}://" for known in SCHEMES)
+            # The rest of the URL may hold credentials.
+            raise ConfigError(f"{flag('dir')} {scheme}://…: must be a folder or start with one of {schemes}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LOSSES = ("kl", "mse", "ce")
+from codistill.config import LOSSES
 
 # Logits per chunk: small enough on a CPU for a chunk's few temporaries to stay in its caches, large enough elsewhere
 # for the launch of a kernel not to count.
@@ -65,7 +65,7 @@ def distill(
     Args:
         own: Own logits, any shape ending in the number of classes, any floating dtype and layout.
         peers: The peers' logits, each of own's shape.
-        loss: One of `LOSSES`.
+        loss: One of `codistill.config.LOSSES`.
         temperature: T above; 1 with ``mse``.
         mask: Booleans of own's shape without its last dimension, True where a position counts; all count without
             it. Whatever the logits hold elsewhere, even NaN, has no influence.
@@ -141,7 +141,7 @@ class _Work:
         peers: Detached logits.
         rows: For each peer, True at the positions where it counts.
         count: Number of usable peers, 0-dim.
-        loss: One of `LOSSES`.
+        loss: One of `codistill.config.LOSSES`.
         temperature: T.
         chunk: Positions worked on at a time.
     """

@@ -110,6 +110,7 @@ class TaskHooks:
             build_peer=lambda: self._build_peer(model),
             fingerprint=fingerprint(self._task.target_dictionary),
             save_dir=Path(self._root.checkpoint.save_dir),
+            architecture=architecture(self._root.model),
         )
         if self._restored is not None:
             codistiller.load_state_dict(self._restored)
@@ -157,6 +158,12 @@ class TaskHooks:
 def fingerprint(dictionary: Any) -> str:
     """sha256 (hex) of a fairseq dictionary: its symbols in the order of the model's classes."""
     return hashlib.sha256("\n".join(dictionary.symbols).encode()).hexdigest()
+
+
+def architecture(model: Any) -> Optional[dict[str, Any]]:
+    """The registry name of a model's configuration, as a manifest tells it; None when it has none."""
+    name = getattr(model, "_name", None) or getattr(model, "arch", None)
+    return {"name": str(name), "arguments": {}} if name else None
 
 
 def _end_loaders() -> None:

@@ -34,6 +34,7 @@ from codistill.meters import Incidents
 from tests.fixtures_store import make_latest, make_manifest
 
 CLASSES = 5
+NOWHERE = Path("/nowhere")  # a save dir that remembers nothing
 FINGERPRINT = "f" * 64
 RUN = "run"
 
@@ -59,6 +60,7 @@ def quick_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     monkeypatch.setattr(fetcher, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(publisher, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(publisher, "RETRY_SECONDS", 0.02)
     monkeypatch.setattr(membership.Membership.join, "__defaults__", (0.5,))
     before = codistill_threads()
     yield folder
@@ -103,6 +105,7 @@ class Peer:
         seed: int | None = None,
         fingerprint: str = FINGERPRINT,
         save_dir: str | None = None,
+        architecture: Mapping[str, Any] | None = None,
         **changes: Any,
     ) -> None:
         self.save_dir = folder / (save_dir or f"peer{peer}")
@@ -115,7 +118,12 @@ class Peer:
         self.losses: list[float] = []
         config = options(**{"dir": str(folder / "store"), "peer": peer, **changes})
         self.codistiller = Codistiller(
-            config, model=self.model, build_peer=self.build_peer, fingerprint=fingerprint, save_dir=self.save_dir
+            config,
+            model=self.model,
+            build_peer=self.build_peer,
+            fingerprint=fingerprint,
+            save_dir=self.save_dir,
+            architecture=architecture,
         )
 
     def build_peer(self) -> nn.Module:
@@ -247,13 +255,16 @@ def publishers(memory_objects: Objects, quick_exchange: Path) -> Iterator[Callab
     """Makes started publishers of peer 0 over `memory_objects`, and closes them at the end."""
     made: list[Publisher] = []
 
+    save_dir = quick_exchange.parent / "publisher"
+    save_dir.mkdir(exist_ok=True)
+
     def make(objects: Objects = memory_objects, *, floor: int = 0, token: str = "a" * 64, **wanted: Any) -> Publisher:
         store = RunStore(objects, RUN)
         on_buffer = wanted.pop("on_buffer", lambda views: None)
         lowest_floor = wanted.pop("lowest_floor", lambda: 0)
         incidents = wanted.pop("incidents", None) or Incidents(fatal=False)
         config = options(**wanted)
-        member = Membership(store, 0, token, {})
+        member = Membership(store, 0, token, {}, save_dir)
         made.append(Publisher(store, member, config, identity(), incidents, lowest_floor, on_buffer))
         made[-1].start(floor)
         return made[-1]

@@ -86,7 +86,7 @@ def test_the_readme_is_the_description(metadata):
 
 def test_a_plain_install_asks_for_no_host_framework(metadata):
     assert metadata["Requires-Python"] == ">=3.10"
-    assert requirements(metadata) == {"torch", "obstore", "safetensors", "numpy"}
+    assert requirements(metadata) == {"torch", "obstore", "safetensors", "numpy", "rich"}
 
 
 def test_each_extra_asks_for_its_framework_and_all_for_everything(metadata):

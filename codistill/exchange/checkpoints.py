@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from codistill.config import CodistillConfig, ConfigError, flag
-from codistill.exchange.errors import Refused, StorageError
+from codistill.exchange.errors import ExchangeError, StorageError
 from codistill.exchange.fetcher import HURRIED_SECONDS, NEWEST, Fetcher, Wish, snapshot_file
 from codistill.exchange.manifest import Reference
 from codistill.exchange.meeting import Proposal, Readiness, meet
 from codistill.exchange.membership import Identity, Membership, owner_token
-from codistill.exchange.objects import Objects
+from codistill.exchange.objects import Objects, without_credentials
 from codistill.exchange.publisher import Publisher
+from codistill.exchange.signing import KEY, signing_key
 from codistill.exchange.snapshot import Template, load
 from codistill.exchange.store import RunStore
 from codistill.meters import Incidents
@@ -99,18 +100,20 @@ class CheckpointExchange:
             on_buffer: called in the background with every snapshot of ours.
 
         Raises:
-            ConfigError: the dir cannot be opened, the run has other terms, the number is taken, or a synchronous run
-                cannot be resumed from here.
+            ConfigError: the dir cannot be opened, the run has other terms, the number is taken, the signing key in the
+                environment is unusable, or a synchronous run cannot be resumed from here.
         """
         try:
             self._template = Template(self._state(), self._config.dtype)
         except ValueError as error:
             raise ConfigError(f"this model cannot be codistilled: {error}") from None
+        key = signing_key()
+        terms = {**terms, KEY: "set"} if key is not None else terms
         token = owner_token(self._save_dir, self._config.peer) if self._workers.first else ""
-        [key] = self._workers.share([int(token[:15] or "0", 16)])
-        self._folder = Path(tempfile.gettempdir()) / f"codistill-{key:015x}"
+        [number] = self._workers.share([int(token[:15] or "0", 16)])
+        self._folder = Path(tempfile.gettempdir()) / f"codistill-{number:015x}"
         if self._workers.fetches:
-            self._store = RunStore(self._open(), self._config.run_id)
+            self._store = RunStore(self._open(), self._config.run_id, key)
         self._agree_to_join(lambda: self._join(token, identity, terms, update, on_buffer))
         if self._workers.fetches:
             self._start_fetcher(identity)
@@ -133,9 +136,18 @@ class CheckpointExchange:
         self._take_up(update, patient=self._config.sync)
 
     def predictions(self, forward: Callable[[nn.Module], Tensor], update: int) -> list[Tensor]:
-        """Run `forward`, without autograd, on every peer that is not too stale; in the order of their numbers."""
-        with torch.no_grad():
-            return [forward(self._modules[peer]) for peer in sorted(self.in_use(update))]
+        """Run `forward`, without autograd, on every peer that is not too stale; in the order of their numbers.
+
+        A peer whose module fails (no memory for it, say) is left out until it sends something new.
+        """
+        found = []
+        for peer in sorted(self.in_use(update)):
+            try:
+                with torch.no_grad():
+                    found.append(forward(self._modules[peer]))
+            except Exception as error:
+                self._leave_out(peer, error)
+        return found
 
     def in_use(self, update: int) -> dict[int, InUse]:
         """The peers whose snapshots are not too stale at `update`."""
@@ -183,18 +195,41 @@ class CheckpointExchange:
 
     def finish(self, update: int, epoch: int, metrics: Mapping[str, float]) -> None:
         """Training ended normally: publish the final snapshot, waiting at most `timeout` seconds."""
+        left = self._config.timeout
         if self._publisher is not None and not self._over:
-            self._publisher.flush(self._config.timeout)
-            self._publisher.publish(self._state(), update=update, epoch=epoch, metrics=metrics, final=True)
-        self.close(ended=True)
+            left -= self._publish_now(update, epoch, metrics, left, final=True)
+        self._close(left, ended=True)
 
-    def close(self, *, ended: bool = False) -> None:
-        """Stop the threads, letting a snapshot under way finish (bounded), and remove this machine's files."""
+    def leave(self, update: int, epoch: int, metrics: Mapping[str, float], seconds: float) -> None:
+        """The process is about to be ended from outside: publish what there is, waiting at most `seconds`."""
+        if self._publisher is not None and not self._over:
+            seconds -= self._publish_now(update, epoch, metrics, seconds, final=False)
+            self._publisher.flush(seconds)
+
+    def close(self, seconds: Optional[float] = None) -> None:
+        """Stop the threads and remove this machine's files.
+
+        Args:
+            seconds: what an attempt to store a snapshot is given to end; `timeout` if None.
+        """
+        self._close(self._config.timeout if seconds is None else seconds, ended=False)
+
+    def _publish_now(
+        self, update: int, epoch: int, metrics: Mapping[str, float], seconds: float, *, final: bool
+    ) -> float:
+        """Have our weights published, after what is being stored right now; the seconds that took, without storing."""
+        assert self._publisher is not None
+        began = time.monotonic()
+        self._publisher.wait_for_buffer(seconds)
+        self._publisher.publish(self._state(), update=update, epoch=epoch, metrics=metrics, final=final)
+        return time.monotonic() - began
+
+    def _close(self, seconds: float, *, ended: bool) -> None:
         if self._over:
             return
         self._over = True
         if self._publisher is not None:
-            self._publisher.close(self._config.timeout, ended=ended)
+            self._publisher.close(max(0.0, seconds), ended=ended)
         if self._fetcher is not None:
             self._fetcher.close(seconds=1.0)
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -203,7 +238,8 @@ class CheckpointExchange:
         try:
             return Objects(str(self._config.dir))
         except StorageError as error:
-            raise ConfigError(f"{flag('dir')} {self._config.dir}: cannot be opened: {error}") from None
+            place = without_credentials(str(self._config.dir))
+            raise ConfigError(f"{flag('dir')} {place}: cannot be opened: {error}") from None
 
     def _agree_to_join(self, join: Callable[[], None]) -> None:
         """Worker 0 joins; all workers end together if it cannot."""
@@ -213,6 +249,8 @@ class CheckpointExchange:
                 join()
             except ConfigError as error:
                 refusal = error
+            except Exception as error:  # the other workers wait for an answer
+                self._incidents.report("internal", f"the run was not joined: {type(error).__name__}: {error}")
         [joined] = self._workers.share([refusal is None])
         if not joined:
             raise refusal or ConfigError("worker 0 of this peer could not join the run; its message says why")
@@ -225,10 +263,10 @@ class CheckpointExchange:
         update: int,
         on_buffer: Callable[[Mapping[str, Tensor]], None],
     ) -> None:
-        membership = Membership(self._reached_store, self._config.peer, token, terms)
+        membership = Membership(self._reached_store, self._config.peer, token, terms, self._save_dir)
         try:
             membership.join()
-        except StorageError as error:  # the publisher tries again with every heartbeat
+        except ExchangeError as error:  # the publisher tries again with every heartbeat
             self._incidents.report(error.cause, str(error))
         self._publisher = Publisher(
             self._reached_store,
@@ -263,6 +301,7 @@ class CheckpointExchange:
         before, self._in_use = self._in_use, {}
         if before and self._guide is not None:
             for peer, used in before.items():
+                self._guide.remember(peer, used.proposal.reference)
                 self._guide.wish(peer, Wish(reference=used.proposal.reference))
             self._guide.wait(min(STORE_SECONDS, self._config.timeout))
         if before:
@@ -361,8 +400,8 @@ class CheckpointExchange:
             return Readiness.READY
         except FileNotFoundError:
             pass
-        except (OSError, Refused) as error:
-            self._incidents.report("disk", f"{path}: {error}", about=str(proposal.peer))
+        except Exception as error:  # whatever it is, this worker must answer: the others are waiting
+            self._incidents.report("disk", f"{path}: {type(error).__name__}: {error}", about=str(proposal.peer))
             return Readiness.REFUSED
         if self._fetcher is None:
             return Readiness.PENDING
@@ -377,7 +416,10 @@ class CheckpointExchange:
                     self._modules[peer] = self._build_peer().eval().requires_grad_(False)
             load(self._modules[peer].state_dict(), self._opened[peer])
         except Exception as error:  # no room for its module, say: go on without
-            self._in_use.pop(peer, None)
-            self._incidents.report("internal", f"peer {peer}: {type(error).__name__}: {error}", about=str(peer))
+            self._leave_out(peer, error)
             return
         self._in_use[peer] = InUse(proposal, update)
+
+    def _leave_out(self, peer: int, error: Exception) -> None:
+        self._in_use.pop(peer, None)
+        self._incidents.report("internal", f"peer {peer}: {type(error).__name__}: {error}", about=str(peer))

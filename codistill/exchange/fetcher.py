@@ -1,14 +1,15 @@
 """Fetching and verifying peers' snapshots from a background thread, once per machine.
 
 A verified snapshot is a file named by its sha256 in a private folder of this machine, which the machine's workers map.
-Nothing unverified ever carries such a name. A refusal is an incident and that manifest is not tried again; trouble with
-the store is an incident and tried again at the next look.
+Nothing unverified ever carries such a name. A refusal is an incident and that snapshot is not tried again; any other
+trouble is an incident too, and tried again after growing pauses.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from codistill.meters import Incidents
 
 POLL_SECONDS = 0.5
 HURRIED_SECONDS = 0.02
+PATIENCE = 60  # longest pause after trouble with a peer, in polls; the first is one poll, each next one twice as long
 FILES_PER_PEER = 3
 
 
@@ -79,8 +81,11 @@ class Fetcher:
         self._hopeless: set[int] = set()
         self._latest: dict[int, Latest] = {}
         self._highest: dict[int, tuple[int, int]] = {}
-        self._refused: set[str] = set()  # digests, and places of snapshots older than the newest seen
+        # Snapshots, and places of those older than the newest accepted; the latest, should somebody bring many.
+        self._refused: deque[str] = deque(maxlen=1000)
         self._files: dict[int, deque[Path]] = {peer: deque() for peer in self._peers}
+        self._pauses: dict[int, float] = {}  # seconds, by peer, while there is trouble
+        self._not_before: dict[int, float] = {}  # by our monotonic clock
         self._changed = threading.Condition()  # guards `_wishes`, `_found`, `_hopeless`, `_hurried`, `_stopping`
         self._hurried = False
         self._stopping = False
@@ -108,6 +113,10 @@ class Fetcher:
             self._found.pop(peer, None)
             self._hopeless.discard(peer)
             self._changed.notify_all()
+
+    def remember(self, peer: int, reference: Reference) -> None:
+        """Take nothing older than `reference` for the newest of `peer`; before `start`, or before it is wished for."""
+        self._highest[peer] = max(self._highest.get(peer, (0, 0)), (reference.incarnation, reference.sequence))
 
     def found(self, peer: int) -> Optional[Manifest]:
         """The verified snapshot that fulfils the wish, if it is here already."""
@@ -159,27 +168,44 @@ class Fetcher:
         with self._changed:
             wish = self._wishes.get(peer)
             fulfilled = peer in self._found
-        if wish is None or self._stopping:
+        if wish is None or self._stopping or time.monotonic() < self._not_before.get(peer, 0.0):
             return
         try:
-            manifest = self._resolve(peer, wish, fulfilled)
-            if manifest is None:
-                return
-            if manifest.sha256 in self._refused:
-                self._give_up(peer, wish)
-                return
-            if not snapshot_file(self._folder, manifest.sha256).exists():
-                self._fetch(peer, manifest)
-            self._settle(peer, wish, manifest)
+            self._try_to_fulfil(peer, wish, fulfilled)
+            self._pauses.pop(peer, None)
+            return
         except Refused as error:
             self._give_up(peer, wish)
-            self._incidents.report(error.cause, f"peer {peer}: {error}", about=str(peer))
+            cause, message = error.cause, str(error)
         except ExchangeError as error:
-            self._incidents.report(error.cause, f"peer {peer}: {error}", about=str(peer))
+            cause, message = error.cause, str(error)
         except OSError as error:
-            self._incidents.report("disk", f"peer {peer}: {self._folder}: {error.strerror}", about=str(peer))
+            cause, message = "disk", f"{self._folder}: {error.strerror}"
         except Exception as error:  # a fault of ours must not end the run either
-            self._incidents.report("internal", f"peer {peer}: fetching failed: {type(error).__name__}: {error}")
+            cause, message = "internal", f"fetching failed: {type(error).__name__}: {error}"
+        self._incidents.report(cause, f"peer {peer}: {message}", about=str(peer))
+        pause = min(2 * self._pauses.get(peer, POLL_SECONDS / 2), PATIENCE * POLL_SECONDS)
+        self._pauses[peer], self._not_before[peer] = pause, time.monotonic() + pause
+
+    def _try_to_fulfil(self, peer: int, wish: Wish, fulfilled: bool) -> None:
+        manifest = self._resolve(peer, wish, fulfilled)
+        if manifest is None:
+            return
+        # Not by its digest alone: a peer could then have another's snapshot refused, or its own, published once more.
+        snapshot = f"peer {peer}, {manifest.reference}, {manifest.sha256}"
+        if snapshot in self._refused:
+            self._give_up(peer, wish)
+            return
+        try:
+            self._check_identity(manifest)  # of one whose file is here already, too
+            if not snapshot_file(self._folder, manifest.sha256).exists():
+                self._fetch(peer, manifest)
+        except Refused:
+            self._refused.append(snapshot)
+            raise
+        if wish == NEWEST:  # only now: one that is refused must not make the honest ones after it look old
+            self.remember(peer, manifest.reference)
+        self._settle(peer, wish, manifest)
 
     def _resolve(self, peer: int, wish: Wish, fulfilled: bool) -> Optional[Manifest]:
         """The manifest that the wish means right now, or None while there is none (new)."""
@@ -213,16 +239,14 @@ class Fetcher:
             older = f"peer {peer}, {at}"
             if older in self._refused:
                 return None
-            self._refused.add(older)
+            self._refused.append(older)
             raise Refused("rollback", f"snapshot {at} (incarnation, sequence) is older than {highest}, seen before")
-        self._highest[peer] = at
         return None if self.found(peer) == manifest else manifest
 
     def _fetch(self, peer: int, manifest: Manifest) -> None:
         """Bring the payload here and verify it: bytes, sha256, header, names, shapes, dtypes, finiteness."""
         part = self._folder / f"{manifest.sha256}.part"
         try:
-            self._check_identity(manifest)
             limit = self._template.limit
             if manifest.bytes > limit:
                 raise Refused("size", f"{manifest.bytes} bytes, but a snapshot of this model has at most {limit}")
@@ -232,9 +256,6 @@ class Fetcher:
             self._template.open(part)
             self._remember(peer, snapshot_file(self._folder, manifest.sha256))
             part.replace(snapshot_file(self._folder, manifest.sha256))
-        except Refused:
-            self._refused.add(manifest.sha256)
-            raise
         finally:
             part.unlink(missing_ok=True)
 

@@ -10,15 +10,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Optional
 
 from codistill.exchange import strict_json
 from codistill.exchange.errors import Refused
+from codistill.exchange.signing import sign, signed_by
 
 FORMAT = 1
 MANIFEST_BYTES = 64 * 1024
 LATEST_BYTES = 512 * 1024
+ARCHITECTURE_BYTES = 16 * 1024
+MOST = 2**62  # for a count: who counts on from it stays within 64 bits
 RETAINED = 4096  # most references in one latest.json
 DTYPES = ("float32", "bfloat16", "float16")
 RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
@@ -27,6 +30,15 @@ _Data = bytes  # by its other name where a field is called bytes
 _HEX = re.compile(r"[0-9a-f]{64}")
 _PAYLOAD = re.compile(r"(0|[1-9][0-9]{0,18})-[0-9A-Za-z]{4,64}\.safetensors")
 _METRICS = 64  # most metrics in one manifest
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Where one snapshot of a known peer stands on the store."""
+
+    incarnation: int
+    update: int
+    sequence: int
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,7 @@ class Manifest:
         init_hash: Digest of the weights that the peer started from, hex.
         metrics: Finite numbers to show, by name.
         architecture: Registry name and JSON arguments of the model, or None.
-        hmac: Reserved for a signature, hex; null in what is written today.
+        hmac: Signature over everything else in here, hex; None when the run has no key.
     """
 
     run: str
@@ -69,6 +81,11 @@ class Manifest:
     architecture: Optional[Mapping[str, Any]]
     hmac: Optional[str] = None
 
+    @property
+    def reference(self) -> Reference:
+        """Where it stands."""
+        return Reference(self.incarnation, self.update, self.sequence)
+
     def to_json(self) -> _Data:
         """Write the document; metrics that are not finite are left out, as JSON cannot say them."""
         return strict_json.dumps(self._plain())
@@ -77,6 +94,20 @@ class Manifest:
     def parse(cls, data: _Data) -> Manifest:
         """Read the document, or raise `Refused` ("size" or "format")."""
         return cls._from(strict_json.loads(data, limit=MANIFEST_BYTES))
+
+    def signed(self, key: _Data) -> Manifest:
+        """The same manifest with its signature."""
+        return replace(self, hmac=sign(self._unsigned(), key))
+
+    def check_signature(self, key: _Data) -> None:
+        """Raise `Refused` ("signature") unless whoever wrote this knew `key`."""
+        if self.hmac is None:
+            raise Refused("signature", f"the manifest of update {self.update} is not signed, and a key is set here")
+        if not signed_by(self._unsigned(), self.hmac, key):
+            raise Refused("signature", f"the manifest of update {self.update} was not signed with the key set here")
+
+    def _unsigned(self) -> _Data:
+        return strict_json.dumps({**self._plain(), "hmac": None})
 
     def _plain(self) -> dict[str, Any]:
         plain: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -104,18 +135,9 @@ class Manifest:
             fingerprint=take.text("fingerprint", _HEX),
             init_hash=take.text("init_hash", _HEX),
             metrics=take.metrics("metrics"),
-            architecture=take.optional("architecture", dict),
+            architecture=take.small("architecture", ARCHITECTURE_BYTES),
             hmac=None if plain["hmac"] is None else take.text("hmac", _HEX),
         )
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Where one snapshot of a known peer stands on the store."""
-
-    incarnation: int
-    update: int
-    sequence: int
 
 
 @dataclass(frozen=True)
@@ -127,7 +149,7 @@ class Latest:
         run: Run identifier.
         incarnation: Which start of the peer wrote it.
         token: sha256 of the owner's secret token, hex.
-        heartbeat: Grows by one with every overwrite.
+        heartbeat: Grows by one with every overwrite, from 0 at every start.
         resume_floor: Lowest update that this peer could restart from.
         closed: True when the peer's training ended normally.
         manifest: The newest snapshot; None until the first publication.
@@ -199,8 +221,8 @@ class _Taker:
 
     def count(self, key: str, at_least: int = 0) -> int:
         value = self._plain[key]
-        if type(value) is not int or value < at_least:
-            raise self._bad(key, f"an integer >= {at_least}")
+        if type(value) is not int or not at_least <= value <= MOST:
+            raise self._bad(key, f"an integer from {at_least} to {MOST}")
         return value
 
     def flag(self, key: str) -> bool:
@@ -233,6 +255,12 @@ class _Taker:
             raise self._bad(key, "an object or null")
         return value
 
+    def small(self, key: str, limit: int) -> Any:
+        value = self.optional(key, dict)
+        if value is not None and len(strict_json.dumps(value)) > limit:
+            raise Refused("format", f"{self._what}: {key}: an object of at most {limit} bytes is expected")
+        return value
+
     def metrics(self, key: str) -> dict[str, float]:
         value = self._plain[key]
         if not isinstance(value, dict) or len(value) > _METRICS:
@@ -249,4 +277,4 @@ class _Taker:
 
 
 def _is_reference(item: Any) -> bool:
-    return isinstance(item, list) and len(item) == 3 and all(type(part) is int and part >= 0 for part in item)
+    return isinstance(item, list) and len(item) == 3 and all(type(part) is int and 0 <= part <= MOST for part in item)

@@ -36,8 +36,7 @@ class Proposal:
     @classmethod
     def of(cls, manifest: Manifest) -> Proposal:
         """The proposal to take up what `manifest` describes."""
-        reference = Reference(manifest.incarnation, manifest.update, manifest.sequence)
-        return cls(manifest.peer, reference, manifest.sha256, manifest.final)
+        return cls(manifest.peer, manifest.reference, manifest.sha256, manifest.final)
 
 
 _FIELDS = 8  # incarnation (0: nothing proposed), update, sequence, final, and the sha256 in four

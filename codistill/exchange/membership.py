@@ -2,11 +2,13 @@
 
 A token in the save dir owns a peer number; every start claims the next incarnation, create-once. A second owner is
 turned away while the first one's heartbeat advances by our own monotonic clock (no two machines' clocks are compared);
-an older process that finds a higher incarnation has been replaced and stops publishing.
+an older process that finds a higher incarnation has been replaced and stops publishing. The save dir remembers the last
+incarnation, so that a store that lost everything does not make readers take a restarted peer for an old one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import secrets
@@ -22,15 +24,23 @@ from codistill.exchange.manifest import Latest
 from codistill.exchange.store import RunStore
 
 TOKEN_FILE = "codistill-token"
+INCARNATION_FILE = "codistill-incarnation"
 HEARTBEAT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What every manifest of this peer says of it: its output space and its initial weights, both as sha256 hex."""
+    """What every manifest of this peer says of it.
+
+    Attributes:
+        fingerprint: sha256 (hex) of the output space.
+        init_hash: sha256 (hex) of the weights it started from.
+        architecture: registry name and JSON arguments of its model, if known.
+    """
 
     fingerprint: str
     init_hash: str
+    architecture: Optional[Mapping[str, Any]] = None
 
 
 def owner_token(save_dir: Path, peer: int) -> str:
@@ -67,11 +77,12 @@ class Membership:
         before: what the previous incarnation left in `latest.json`, or None.
     """
 
-    def __init__(self, store: RunStore, peer: int, token: str, terms: Mapping[str, Any]) -> None:
-        """Nothing is read or written before `join`."""
+    def __init__(self, store: RunStore, peer: int, token: str, terms: Mapping[str, Any], save_dir: Path) -> None:
+        """Nothing is read or written before `join`; `save_dir` remembers the last incarnation."""
         self._store = store
         self._peer = peer
         self._terms = terms
+        self._memory = save_dir / INCARNATION_FILE
         self.token = token
         self.incarnation = 0
         self.before: Optional[Latest] = None
@@ -96,11 +107,19 @@ class Membership:
                 f"{flag('peer')} {self._peer}: a running process with another save dir has this number; "
                 f"give each peer of the run its own {flag('peer')}"
             )
-        self.incarnation = self._store.claim(self._peer, self.token)
+        self.incarnation = self._store.claim(self._peer, self.token, above=self._remembered())
+        with contextlib.suppress(OSError):  # it matters only should the store forget
+            self._memory.write_text(f"{self.incarnation}\n", encoding="ascii")
 
     def superseded(self) -> bool:
         """Whether a later start has claimed this peer number."""
         return self._store.newest_claim(self._peer, self.incarnation) > self.incarnation
+
+    def _remembered(self) -> int:
+        try:
+            return int(self._memory.read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            return 0
 
     def _previous(self) -> Optional[Latest]:
         try:

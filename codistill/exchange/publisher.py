@@ -1,8 +1,9 @@
 """Publishing this peer's snapshots from a background thread.
 
 `publish` copies the weights into one persistent host buffer and returns; hashing, storing and pruning happen behind
-the training thread's back. While the buffer is busy a publication is skipped and counted. A second thread keeps the
-heartbeat in `latest.json`. What the store does wrong is an incident; the next publication simply tries again.
+the training thread's back. While the buffer is being stored a publication is skipped and counted. A second thread keeps
+the heartbeat in `latest.json`. What goes wrong is an incident. A publication that the store did not take is tried again
+after growing pauses, until it is stored or newer weights take its place.
 """
 
 from __future__ import annotations
@@ -19,20 +20,32 @@ from typing import Any, Optional
 from torch import Tensor
 
 from codistill.config import CodistillConfig, ConfigError
-from codistill.exchange.errors import ExchangeError
+from codistill.exchange.errors import ExchangeError, StorageError
 from codistill.exchange.manifest import RETAINED, Latest, Manifest, Reference
 from codistill.exchange.membership import HEARTBEAT_SECONDS, Identity, Membership
 from codistill.exchange.snapshot import HostBuffer
 from codistill.exchange.store import RunStore
-from codistill.meters import Incidents
+from codistill.meters import Incidents, logger
+
+RETRY_SECONDS = 1.0  # the first pause; each next one is twice as long
+RETRY_SECONDS_MOST = 60.0
+SWEPT = 16  # earlier starts of this peer, at most, whose remains are looked for
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Job:
+    """One publication; the manifest is there from the first attempt on, so that every attempt writes the same."""
+
     update: int
     epoch: int
     final: bool
     metrics: Mapping[str, float]
+    manifest: Optional[Manifest] = None
+
+
+def digest(payload: memoryview) -> str:
+    """The sha256 of a snapshot, hex."""
+    return hashlib.sha256(payload).hexdigest()
 
 
 class Publisher:
@@ -71,8 +84,12 @@ class Publisher:
         self._latest: Optional[Latest] = None
         self._lock = threading.RLock()  # of `_latest` and its overwriting
         self._job: Optional[_Job] = None
-        self._changed = threading.Condition()  # guards `_job` and `_stopping`
+        self._storing = False  # an attempt to store the buffer is under way
+        self._changed = threading.Condition()  # guards `_job`, `_storing`, `_patient` and `_stopping`
+        self._patient = True  # whether a failed attempt is followed by another
         self._stopping = threading.Event()
+        self._dropped: list[Reference] = []  # snapshots to be deleted
+        self._abandoned: list[Manifest] = []  # publications of which parts may be on the store, to be deleted too
         self._threads: list[threading.Thread] = []
         self._retired = False  # another process has our number, or the run has other terms: nothing is written any more
         self._ended = False
@@ -99,14 +116,20 @@ class Publisher:
         """Copy `state` and have it published; returns at once.
 
         Returns:
-            False when the last publication was still under way, and this one is skipped.
+            False when the last publication is being stored right now, or the copy failed: this one is skipped.
         """
-        if self._job is not None or self._stopping.is_set():
-            self.skipped += 1
+        with self._changed:
+            if self._storing or self._stopping.is_set():
+                self.skipped += 1
+                return False
+            self._job = None  # one that waits for its next attempt makes room for newer weights
+        try:
+            if self._buffer is None:
+                self._buffer = HostBuffer(state, self._config.dtype)
+            self._buffer.fill(state)
+        except Exception as error:  # no room for the buffer, say
+            self._incidents.report("copy", f"the weights could not be copied: {type(error).__name__}: {error}")
             return False
-        if self._buffer is None:
-            self._buffer = HostBuffer(state, self._config.dtype)
-        self._buffer.fill(state)
         with self._changed:
             if self._stopping.is_set():
                 return False
@@ -115,9 +138,14 @@ class Publisher:
         return True
 
     def flush(self, seconds: float) -> bool:
-        """Wait until nothing is under way; False if it took longer than `seconds`."""
+        """Wait until everything is stored or given up; False if it took longer than `seconds`."""
         with self._changed:
             return self._changed.wait_for(lambda: self._job is None, seconds)
+
+    def wait_for_buffer(self, seconds: float) -> bool:
+        """Wait until no attempt to store something is under way; False if it took longer than `seconds`."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._storing, seconds)
 
     def set_floor(self, update: int) -> None:
         """From now on this peer can restart from `update`; told to the others with the next heartbeat."""
@@ -131,6 +159,9 @@ class Publisher:
             ended: training ended normally: `latest.json` says so.
         """
         deadline = time.monotonic() + seconds
+        with self._changed:
+            self._patient = ended
+            self._changed.notify_all()
         self._ended = self.flush(seconds) and ended
         self._stop()
         for thread in self._threads:
@@ -139,16 +170,39 @@ class Publisher:
             self._incidents.report("storage", f"the store was still busy after {seconds:g} s; the end is left untold")
 
     def _publish_loop(self) -> None:
+        while (job := self._next_job()) is not None:
+            self._store_patiently(job)
+
+    def _next_job(self) -> Optional[_Job]:
+        """Wait for a publication and lay hands on the buffer; None when there will be none."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._job is not None or self._stopping.is_set())
+            self._storing = self._job is not None
+            return self._job
+
+    def _store_patiently(self, job: _Job) -> None:
+        """Try to store the buffer until that is settled; between two attempts the buffer is free for newer weights."""
+        pause = RETRY_SECONDS
         while True:
+            settled = self._attempt(functools.partial(self._store_snapshot, job))
             with self._changed:
-                self._changed.wait_for(lambda: self._job is not None or self._stopping.is_set())
-                job = self._job
-            if job is None or self._buffer is None:
-                return
-            self._attempt(functools.partial(self._store_snapshot, self._buffer, job))
-            with self._changed:
-                self._job = None
+                self._storing = False
                 self._changed.notify_all()
+                if settled or not self._worth_another(job, pause):
+                    break
+                self._storing = True
+            pause = min(2 * pause, RETRY_SECONDS_MOST)
+        if not settled and job.manifest is not None:
+            self._abandoned.append(job.manifest)
+        with self._changed:
+            if self._job is job:
+                self._job = None
+            self._changed.notify_all()
+
+    def _worth_another(self, job: _Job, pause: float) -> bool:
+        """After a pause, whether `job` is still what is to be stored."""
+        self._changed.wait_for(lambda: self._job is not job or self._stopping.is_set() or not self._patient, pause)
+        return self._job is job and not self._stopping.is_set() and self._patient
 
     def _heartbeat_loop(self) -> None:
         while True:
@@ -158,23 +212,23 @@ class Publisher:
         if self._ended and self._latest is not None and not self._retired:
             self._attempt(lambda: self._overwrite(closed=True))
 
-    def _attempt(self, action: Callable[[], None]) -> None:
+    def _attempt(self, action: Callable[[], None]) -> bool:
+        """Do it; whether another attempt could bring nothing else."""
         try:
             action()
+        except StorageError as error:
+            self._incidents.report(error.cause, str(error))
+            return False
         except ExchangeError as error:
             self._incidents.report(error.cause, str(error))
         except ConfigError as error:
             self._retire("terms", str(error))
         except Exception as error:  # a fault of ours must not end the run either
             self._incidents.report("internal", f"publishing failed: {type(error).__name__}: {error}")
+        return True
 
     def _beat(self) -> None:
         self._joined()
-        if self._membership.superseded():
-            self._retire(
-                "superseded", f"peer {self._config.peer} was started again elsewhere; this process publishes no more"
-            )
-            return
         self._overwrite()
 
     def _retire(self, cause: str, message: str) -> None:
@@ -200,7 +254,7 @@ class Publisher:
                 peer=self._config.peer,
                 incarnation=self._membership.incarnation,
                 token=self._membership.token,
-                heartbeat=before.heartbeat if before else 0,
+                heartbeat=0,
                 resume_floor=self._floor,
                 closed=False,
                 manifest=before.manifest if before else None,
@@ -209,25 +263,68 @@ class Publisher:
             return self._latest
 
     def _overwrite(self, **changes: Any) -> None:
+        """Write `latest.json`, unless somebody else has become this peer since: then never again."""
         with self._lock:
             before = self._joined()
+            if self._membership.superseded():
+                self._retire(
+                    "superseded",
+                    f"peer {self._config.peer} was started again elsewhere; this process publishes no more",
+                )
+            if self._retired:
+                return
             latest = replace(before, heartbeat=before.heartbeat + 1, resume_floor=self._floor, **changes)
             self._store.put_latest(latest)
             self._latest = latest
 
-    def _store_snapshot(self, buffer: HostBuffer, job: _Job) -> None:
+    def _store_snapshot(self, job: _Job) -> None:
         latest = self._joined()
         retained, newest = latest.retained, latest.manifest
-        if self._retired:
+        if self._retired or self._buffer is None:
             return
-        if job.final and newest and (newest.incarnation, newest.update) == (latest.incarnation, job.update):
-            self._overwrite(manifest=replace(newest, final=True))  # on the store already, under a name used once
+        if newest and (newest.incarnation, newest.update) == (latest.incarnation, job.update):
+            if job.final:  # the weights are on the store already, under a name that is used once
+                self._overwrite(manifest=replace(newest, final=True))
             return
-        self._on_buffer(buffer.tensors())
-        payload = buffer.view()
-        digest = hashlib.sha256(payload).hexdigest()
+        payload = self._buffer.view()
+        if job.manifest is None:
+            self._on_buffer(self._buffer.tensors())
+            job.manifest = self._describe(job, payload)
+            if self._config.sync:
+                self._compare_with_earlier(retained, job.update, job.manifest.sha256)
+        self._store.put_snapshot(job.manifest, payload)
+        kept, dropped = self._split((*retained, job.manifest.reference))
+        self._overwrite(manifest=job.manifest, retained=kept)
+        if self._retired:  # what we would delete is not ours any more
+            return
+        self.sent += len(payload)
+        self._dropped += dropped
+        self._attempt(self._clean_up)
+
+    def _clean_up(self) -> None:
+        """Delete what nobody needs; what the store does not delete now waits for the next time."""
+        while self._dropped:
+            self._store.delete(self._config.peer, self._dropped[:1])
+            del self._dropped[0]
+        while self._abandoned:
+            self._store.discard(self._abandoned[0])
+            del self._abandoned[0]
+        before, self._membership.before = self._membership.before, None
+        if before is not None:
+            self._sweep(before)
+
+    def _sweep(self, before: Latest) -> None:
+        """Delete what killed predecessors left half-written: tried once, and no incident where a store cannot list."""
+        oldest = min([before.incarnation, *(reference.incarnation for reference in before.retained)])
+        earlier = range(max(oldest, self._membership.incarnation - SWEPT), self._membership.incarnation)
+        try:
+            self._store.sweep(self._config.peer, earlier, self._joined().retained)
+        except ExchangeError as error:
+            logger.info("codistill: what earlier starts left half-written was not swept: %s", error)
+
+    def _describe(self, job: _Job, payload: memoryview) -> Manifest:
         self._sequence += 1
-        manifest = Manifest(
+        return Manifest(
             run=self._config.run_id,
             peer=self._config.peer,
             incarnation=self._membership.incarnation,
@@ -237,21 +334,13 @@ class Publisher:
             final=job.final,
             payload=f"{job.update}-{secrets.token_hex(8)}.safetensors",
             bytes=len(payload),
-            sha256=digest,
+            sha256=digest(payload),
             dtype=self._config.dtype,
             fingerprint=self._identity.fingerprint,
             init_hash=self._identity.init_hash,
             metrics=job.metrics,
-            architecture=None,
+            architecture=self._identity.architecture,
         )
-        if self._config.sync:
-            self._compare_with_earlier(retained, job.update, digest)
-        self._store.put_snapshot(manifest, payload)
-        self.sent += len(payload)
-        new = Reference(manifest.incarnation, manifest.update, manifest.sequence)
-        kept, dropped = self._split((*retained, new))
-        self._overwrite(manifest=manifest, retained=kept)
-        self._store.delete(self._config.peer, dropped)
 
     def _compare_with_earlier(self, retained: tuple[Reference, ...], update: int, digest: str) -> None:
         """In sync mode a restarted peer must come to the same weights again."""

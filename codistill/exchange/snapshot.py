@@ -2,7 +2,8 @@
 
 Owns the layout and its verification; knows no store and no network. What does not have exactly the names, shapes and
 dtypes that the reader's own model has, or holds a NaN or an infinity, is `Refused`; nothing is unpickled, and no size
-from the file is allocated before the file is known to be that large.
+from the file is allocated before the file is known to be that large. A header may be about as long, and hold about as
+many values, as the reader's own would: parsing it costs no more than the reader's own model suggests.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ WIRE_DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-HEADER_BYTES = 16 * 1024 * 1024  # cap on the JSON header
+HEADER_BYTES = 16 * 1024 * 1024  # cap on the JSON header of any model
+METADATA_BYTES = 64 * 1024  # what a header may have beyond twice our own: `__metadata__`, and another writer's spelling
+METADATA_VALUES = 1024
 _ALIGN = 64
 _CODES: dict[torch.dtype, str] = {
     torch.float32: "F32",
@@ -52,7 +55,7 @@ class HostBuffer:
         dtype: Wire dtype of floating tensors, a key of `WIRE_DTYPES`; other tensors keep theirs.
 
     Raises:
-        ValueError: For a tensor that a snapshot cannot carry (complex, sparse, quantised).
+        ValueError: For a tensor that a snapshot cannot carry (complex, sparse, quantised), or too many of them.
     """
 
     def __init__(self, state: Mapping[str, Tensor], dtype: str) -> None:
@@ -100,18 +103,24 @@ class Template:
 
     Attributes:
         limit: Bytes that no acceptable file exceeds; check a claimed size against it before fetching.
+
+    Raises:
+        ValueError: As for `HostBuffer`.
     """
 
     def __init__(self, state: Mapping[str, Tensor], dtype: str) -> None:
         self._entries = _entries(distinct(state), dtype)
-        self.limit = 8 + HEADER_BYTES + sum(_nbytes(*entry) for entry in self._entries.values())
+        own, _, size = _layout(self._entries)
+        self._header_limit = min(HEADER_BYTES, 2 * len(own) + METADATA_BYTES)
+        self._value_limit = strict_json.most_values(own[8:]) + METADATA_VALUES
+        self.limit = 8 + self._header_limit + size - len(own)
 
     def open(self, path: Path, *, verified: bool = False) -> dict[str, Tensor]:
         """Map a file and verify it.
 
         Args:
             path: The file.
-            verified: This machine has seen before that every float in it is finite; spares reading it all again.
+            verified: This machine has seen before that every value in it is sound; spares reading it all again.
 
         Returns:
             Views of the mapped file, by name; the mapping is private, and lives as long as one of them.
@@ -125,8 +134,8 @@ class Template:
             raise Refused("size", f"snapshot: {size} bytes, between 8 and {self.limit} are expected")
         mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
         length = int.from_bytes(mapped[:8].numpy().tobytes(), "little")
-        if length > min(HEADER_BYTES, size - 8):
-            raise Refused("format", f"snapshot: a header of {length} bytes in a file of {size}")
+        if length > min(self._header_limit, size - 8):
+            raise Refused("format", f"snapshot: a header of {length} bytes in {size}, {self._header_limit} are allowed")
         offsets = self._verify(mapped[8 : 8 + length].numpy().tobytes(), size - 8 - length)
         start = 8 + length
         tensors = {}
@@ -135,12 +144,12 @@ class Template:
                 raise Refused("format", f"snapshot: {name} is not aligned")
             tensors[name] = _view(mapped, start + offsets[name], *entry)
             if not verified:
-                _require_finite(name, tensors[name])
+                _require_sound(name, tensors[name])
         return tensors
 
     def _verify(self, header: bytes, payload: int) -> dict[str, int]:
         """Return where each tensor starts in the payload, once every claim of the header is known to be true."""
-        claims = strict_json.loads(header, limit=HEADER_BYTES, depth=3)
+        claims = strict_json.loads(header, limit=self._header_limit, values=self._value_limit, depth=3)
         _check_metadata(claims.pop("__metadata__", {}))
         for name in sorted(claims.keys() ^ self._entries.keys()):
             raise Refused("names", f"snapshot: {name!r:.120} is {'unknown' if name in claims else 'missing'}")
@@ -218,6 +227,8 @@ def _layout(entries: Mapping[str, _Entry]) -> tuple[bytes, dict[str, int], int]:
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _ALIGN)
+    if len(text) > HEADER_BYTES:
+        raise ValueError(f"a snapshot cannot carry {len(entries)} tensors: a header of {len(text)} bytes is too long")
     start = 8 + len(text)
     starts = {name: start + claim["data_offsets"][0] for name, claim in header.items()}
     return len(text).to_bytes(8, "little") + text, starts, start + position
@@ -252,8 +263,12 @@ def _counts(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
-def _require_finite(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point() or tensor.numel() == 0:
+def _require_sound(name: str, tensor: Tensor) -> None:
+    if tensor.numel() == 0:
+        return
+    if tensor.dtype == torch.bool and tensor.view(torch.uint8).max() > 1:  # no operation expects such a boolean
+        raise Refused("format", f"snapshot: {name} holds bytes that are neither true nor false")
+    if not tensor.is_floating_point():
         return
     # One pass without a temporary: a NaN anywhere is both the least and the greatest.
     extremes = torch.stack(torch.aminmax(tensor)).tolist()

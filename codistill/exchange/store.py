@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -19,6 +21,7 @@ from codistill.exchange.manifest import (
     FORMAT,
     LATEST_BYTES,
     MANIFEST_BYTES,
+    MOST,
     RUN_ID,
     Latest,
     Manifest,
@@ -34,16 +37,19 @@ class RunStore:
     Args:
         objects: Where they are kept.
         run: Run identifier: letters, digits, `.`, `_`, `-`, at most 128, not starting with `.` or `-`.
+        key: What manifests are signed with. With one, a manifest without its signature is not read: Refused
+            ("signature") comes from `latest` and `manifest`.
 
     Raises:
         ValueError: For a run identifier that cannot be part of a key.
     """
 
-    def __init__(self, objects: Objects, run: str) -> None:
+    def __init__(self, objects: Objects, run: str, key: Optional[bytes] = None) -> None:
         if not RUN_ID.fullmatch(run):
             raise ValueError(f"run id {run!r} must match {RUN_ID.pattern}")
         self.objects = objects
         self.run = run
+        self._key = key
 
     def agree(self, terms: Mapping[str, Any]) -> None:
         """Write what all peers must agree on, or compare with what the first peer wrote.
@@ -58,28 +64,43 @@ class RunStore:
         mine = strict_json.dumps({"format": FORMAT, "run": self.run, "terms": dict(terms)})
         if self.objects.create(key, mine):
             return
+        theirs = self.terms()
+        if theirs is None:
+            raise StorageError("storage", f"{key} exists but cannot be read")
+        _compare(self.run, theirs, strict_json.loads(mine)["terms"])
+
+    def terms(self) -> Optional[dict[str, Any]]:
+        """Return what all peers have agreed on, or None when there is no such run.
+
+        Raises:
+            Refused: "run", "size" or "format" when the document is not ours.
+        """
+        key = f"{self.run}/run.json"
         data = self.objects.get(key, limit=MANIFEST_BYTES)
         if data is None:
-            raise StorageError("storage", f"{key} exists but cannot be read")
-        theirs = strict_json.loads(data)
-        if theirs.keys() != {"format", "run", "terms"} or theirs["format"] != FORMAT:
+            return None
+        found = strict_json.loads(data)
+        if found.keys() != {"format", "run", "terms"} or found["format"] != FORMAT:
             raise Refused("format", f"{key} is not of format {FORMAT}")
-        if theirs["run"] != self.run or not isinstance(theirs["terms"], dict):
+        if found["run"] != self.run or not isinstance(found["terms"], dict):
             raise Refused("run", f"{key} does not describe run {self.run}")
-        _compare(self.run, theirs["terms"], strict_json.loads(mine)["terms"])
+        terms: dict[str, Any] = found["terms"]
+        return terms
 
-    def claim(self, peer: int, token: str) -> int:
+    def claim(self, peer: int, token: str, above: int = 0) -> int:
         """Take the peer's next incarnation, from 1; of several that try at once each gets one of its own.
 
         Args:
             peer: Number of the peer.
             token: Digest of the owner's secret, to be seen by others.
+            above: The number must be larger than this one, whatever the store remembers.
         """
         try:
             latest = self.latest(peer)
         except Refused:  # a spoilt latest.json must not keep its owner from replacing it
             latest = None
-        incarnation = self.newest_claim(peer, latest.incarnation if latest else 0) + 1
+        known = latest.incarnation if latest is not None and latest.incarnation < MOST else 0
+        incarnation = self.newest_claim(peer, max(above, known)) + 1
         while not self.objects.create(self._claim(peer, incarnation), strict_json.dumps({"token": token})):
             incarnation += 1
         return incarnation
@@ -97,20 +118,28 @@ class RunStore:
             return None
         latest = Latest.parse(data)
         same_place(latest, self.run, peer)
+        if self._key is not None and latest.manifest is not None:
+            latest.manifest.check_signature(self._key)
         return latest
 
     def put_latest(self, latest: Latest) -> None:
-        """Overwrite the peer's newest word in one put."""
+        """Overwrite the peer's newest word in one put; its manifest is signed here."""
+        if latest.manifest is not None:
+            latest = replace(latest, manifest=self._signed(latest.manifest))
         self.objects.put(f"{self._peer(latest.peer)}/latest.json", latest.to_json())
 
     def put_snapshot(self, manifest: Manifest, payload: Any) -> None:
-        """Write the payload (bytes-like), then its manifest; Refused("exists") when either name is taken."""
-        folder = self._folder(manifest.peer, manifest.incarnation)
-        if not self.objects.create(f"{folder}/{manifest.payload}", payload):
-            raise Refused("exists", f"{folder}/{manifest.payload} is there already")
-        if not self.objects.create(f"{folder}/{manifest.update}.json", manifest.to_json()):
-            self.objects.delete([f"{folder}/{manifest.payload}"])
-            raise Refused("exists", f"{folder}/{manifest.update}.json is there already")
+        """Write the payload (bytes-like), then its manifest, signed here; fine to do again after a failure.
+
+        Raises:
+            Refused: "exists" when another manifest has this one's name.
+        """
+        key, document = self._manifest(manifest.peer, manifest.reference), self._signed(manifest).to_json()
+        # Payloads have names that nobody else uses: what is there already is this one, from an earlier attempt.
+        self.objects.create(self._payload(manifest), payload)
+        if not self.objects.create(key, document) and self.objects.get(key, limit=MANIFEST_BYTES) != document:
+            self.objects.delete([self._payload(manifest)])
+            raise Refused("exists", f"{key} is there already")
 
     def manifest(self, peer: int, reference: Reference) -> Optional[Manifest]:
         """Return a snapshot's manifest, or None when it was pruned."""
@@ -120,8 +149,10 @@ class RunStore:
             return None
         manifest = Manifest.parse(data)
         same_place(manifest, self.run, peer)
-        if Reference(manifest.incarnation, manifest.update, manifest.sequence) != reference:
+        if manifest.reference != reference:
             raise Refused("format", f"{key} is the manifest of another snapshot")
+        if self._key is not None:
+            manifest.check_signature(self._key)
         return manifest
 
     def download(self, manifest: Manifest, path: Path) -> bool:
@@ -133,12 +164,16 @@ class RunStore:
         Raises:
             Refused: "size" or "hash"; no file is left then.
         """
-        key = f"{self._folder(manifest.peer, manifest.incarnation)}/{manifest.payload}"
+        key = self._payload(manifest)
         digest = self.objects.download(key, path, size=manifest.bytes)
         if digest is not None and digest != manifest.sha256:
             path.unlink(missing_ok=True)
             raise Refused("hash", f"{key} does not have the digest that its manifest says")
         return digest is not None
+
+    def size(self, manifest: Manifest) -> Optional[int]:
+        """Return the bytes that a payload has on the store, or None when it is absent."""
+        return self.objects.size(self._payload(manifest))
 
     def delete(self, peer: int, references: Iterable[Reference]) -> None:
         """Delete snapshots, each payload before the manifest that names it; absent ones are fine."""
@@ -148,8 +183,29 @@ class RunStore:
             except Refused:  # nobody can use it; its payload's name is not to be believed
                 manifest = None
             if manifest is not None:
-                self.objects.delete([f"{self._folder(peer, reference.incarnation)}/{manifest.payload}"])
+                self.objects.delete([self._payload(manifest)])
             self.objects.delete([self._manifest(peer, reference)])
+
+    def discard(self, manifest: Manifest) -> None:
+        """Delete what an attempt to write this snapshot may have left."""
+        self.objects.delete([self._payload(manifest), self._manifest(manifest.peer, manifest.reference)])
+
+    def sweep(self, peer: int, incarnations: Iterable[int], retained: Iterable[Reference]) -> None:
+        """Delete what killed predecessors left half-written: everything of `incarnations` that is not `retained`."""
+        keep = set()
+        for reference in retained:
+            keep.add(self._manifest(peer, reference))
+            with suppress(Refused):  # nobody can use it; its payload's name is not to be believed
+                manifest = self.manifest(peer, reference)
+                keep |= {self._payload(manifest)} if manifest is not None else set()
+        for incarnation in incarnations:
+            self.objects.sweep(self._folder(peer, incarnation), keep)
+
+    def _signed(self, manifest: Manifest) -> Manifest:
+        return manifest if self._key is None else manifest.signed(self._key)
+
+    def _payload(self, manifest: Manifest) -> str:
+        return f"{self._folder(manifest.peer, manifest.incarnation)}/{manifest.payload}"
 
     def _peer(self, peer: int) -> str:
         return f"{self.run}/peers/{peer}"
@@ -171,5 +227,6 @@ def _compare(run: str, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> No
         )
         if there != here:
             if isinstance(theirs.get(name), str) and isinstance(mine.get(name), str):
-                there, here = theirs[name], mine[name]  # two texts differ without their quotes
-            raise Refused("terms", f"run {run} was started with {name}={there:.120}, not {here:.120}")
+                there, here = there[1:-1], here[1:-1]  # two texts differ without their quotes
+            message = f"run {run} was started with {name:.60}={there:.120}, not {here:.120}"
+            raise Refused("terms", "".join(letter if letter.isprintable() else "?" for letter in message))

@@ -1,7 +1,8 @@
 """JSON as read from strangers: one UTF-8 object, small, shallow, unambiguous.
 
 What the standard parser would let through (duplicate keys, NaN, Infinity, 1e999, unbounded integers, lone surrogates)
-is refused, so that two readers can never understand the same bytes differently.
+is refused, so that two readers can never understand the same bytes differently. Bytes and values are counted before
+anything is parsed, since a value takes many times more memory than its text: what a text can cost is known beforehand.
 """
 
 from __future__ import annotations
@@ -9,28 +10,33 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Optional
 
 from codistill.exchange.errors import Refused
 
 LIMIT = 64 * 1024
 DEPTH = 8
+_BYTES_PER_VALUE = 8  # fewer, over a whole text of the greatest length, is not a document but a bomb
 _INT_DIGITS = 20  # enough for any 64-bit integer and its sign
 
 
-def loads(data: bytes, *, limit: int = LIMIT, depth: int = DEPTH) -> dict[str, Any]:
+def loads(data: bytes, *, limit: int = LIMIT, values: Optional[int] = None, depth: int = DEPTH) -> dict[str, Any]:
     """Parse one JSON object.
 
     Args:
         data: UTF-8 text.
         limit: Most bytes accepted.
+        values: Most values accepted, as `most_values` counts them; without it one for every 8 bytes of `limit`.
         depth: Most levels of nesting accepted; the object itself is the first.
 
     Raises:
-        Refused: "size" beyond `limit`, "format" for anything else that is off.
+        Refused: "size" beyond `limit` or `values`, "format" for anything else that is off.
     """
     if len(data) > limit:
         raise Refused("size", f"{len(data)} bytes of JSON, {limit} are allowed")
+    allowed = limit // _BYTES_PER_VALUE if values is None else values
+    if most_values(data) > allowed:
+        raise Refused("size", f"up to {most_values(data)} values in {len(data)} bytes of JSON, {allowed} are allowed")
     try:
         value = json.loads(
             bytes(data).decode("utf-8"),
@@ -45,6 +51,12 @@ def loads(data: bytes, *, limit: int = LIMIT, depth: int = DEPTH) -> dict[str, A
     if not isinstance(value, dict):
         raise Refused("format", "not strict JSON: the top level is not an object")
     return value
+
+
+def most_values(data: bytes) -> int:
+    """Return how many values JSON text can have at most, without parsing it; never fewer than it has."""
+    # Every value but the outermost comes first in a list or an object, or after a comma.
+    return 1 + sum(map(data.count, (b",", b"[", b"{")))
 
 
 def dumps(value: Mapping[str, Any]) -> bytes:

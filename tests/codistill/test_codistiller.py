@@ -4,6 +4,8 @@ import contextlib
 import json
 import logging
 import math
+import os
+import signal
 import threading
 
 import pytest
@@ -11,6 +13,8 @@ import torch
 
 from codistill import KEYS, ConfigError, ExchangeFailed
 from codistill.exchange.fetcher import snapshot_file
+from codistill.exchange.objects import Objects
+from codistill.exchange.store import RunStore
 from codistill.meters import INITIAL_WEIGHTS, METRICS_FILE
 from tests.fixtures_peers import RUN, Tiny, codistill_threads, peers, quick_exchange, until  # noqa: F401
 
@@ -316,13 +320,57 @@ def test_a_peer_whose_outputs_are_not_finite_is_left_out_and_counted(peers):
     assert set(first.causes()) == {"non-finite"}
 
 
+def test_a_peer_whose_module_fails_is_left_out_until_it_sends_something_new(peers, caplog):
+    first, second = pair(peers)
+    both_in_use(first, second)
+    module = first.codistiller._exchange._modules[1]
+    failing = module.register_forward_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("on purpose")))
+    first.step()
+    assert first.causes() == {"internal": 1}
+    assert not first.codistiller.active
+    assert "peer 1: OutOfMemoryError: on purpose" in caplog.text
+    failing.remove()
+    first.step_until(lambda: second.step() or first.codistiller.active)
+    assert all(map(math.isfinite, first.losses))
+    assert first.causes() == {"internal": 1}
+
+
+def test_a_manifest_tells_the_peers_metrics_and_architecture(peers):
+    first, second = peers(0, architecture={"name": "tiny", "arguments": {"width": 6}}), peers(1)
+    both_in_use(first, second)
+    first.codistiller.finish(first.update)
+    manifest = RunStore(Objects(first.codistiller.config.dir), RUN).latest(0).manifest
+    assert manifest.architecture == {"name": "tiny", "arguments": {"width": 6}}
+    assert manifest.metrics.keys() == set(KEYS)
+    assert (manifest.metrics["alpha"], manifest.metrics["peers"]) == (1.0, 1.0)
+
+
+def test_on_sigterm_the_weights_of_now_are_published_but_never_as_final(peers):
+    asked = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
+    try:
+        first = peers(0, interval=100)
+        first.step(3)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked.is_set()
+        first.step(2)  # the handler that was there decides what becomes of the process
+        latest = RunStore(Objects(first.codistiller.config.dir), RUN).latest(0)
+        assert (latest.manifest.update, latest.manifest.final, latest.closed) == (3, False, False)
+        assert first.causes() == {}
+        first.codistiller.close()
+        asked.clear()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_weights_that_are_not_finite_are_refused_and_the_last_good_ones_kept(peers):
     first, second = pair(peers, max_staleness=10**6)
     both_in_use(first, second)
     with torch.no_grad():
         second.model.embed.weight.fill_(math.nan)
-    second.step(4)
-    first.step_until(lambda: first.causes())
+    first.step_until(lambda: second.step() or first.causes())
     first.step(4)
     assert set(first.causes()) == {"non-finite"}
     assert first.codistiller.active

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from codistill import CodistillConfig, ConfigError, flag
-from codistill.config import STALE_INTERVALS
-from codistill.losses import LOSSES
+from codistill.config import LOSSES, STALE_INTERVALS
 
 INF, NAN = math.inf, math.nan
 PIECEWISE = "write it like 0:1e-4,18:1e-5,38:0 (from epochs completed) or 0:0.1,5000u:0 (from updates)"
@@ -53,8 +52,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "e.g. --codistill-dir /shared/codistill or s3://bucket/path",
     ),
     (
-        {"dir": "ftp://host/path"},
-        "--codistill-dir ftp://host/path: must be a folder or start with one of file://, s3://, gs://, az://",
+        {"dir": "ftp://user:password@host/path"},
+        "--codistill-dir ftp://…: must be a folder or start with one of file://, s3://, gs://, az://",
     ),
     ({"run_id": ""}, f"--codistill-run-id : {RUN_ID}"),
     ({"run_id": "../up"}, f"--codistill-run-id ../up: {RUN_ID}"),

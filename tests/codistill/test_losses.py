@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from codistill.losses import LOSSES, distill
+from codistill.config import LOSSES
+from codistill.losses import distill
 
 TERMS = [("kl", 1.0), ("kl", 2.5), ("ce", 1.0), ("ce", 2.5), ("mse", 1.0)]
 NAN, INF = math.nan, math.inf

@@ -47,7 +47,7 @@ BAD = [
     ),
     (
         ["--codistill-dir", "ftp://host/path"],
-        "--codistill-dir ftp://host/path: must be a folder or start with one of file://, s3://, gs://, az://",
+        "--codistill-dir ftp://…: must be a folder or start with one of file://, s3://, gs://, az://",
     ),
     (
         ["--codistill-run-id", "../up"],

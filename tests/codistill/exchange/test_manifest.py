@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 
 from codistill.exchange.errors import Refused
-from codistill.exchange.manifest import LATEST_BYTES, MANIFEST_BYTES, RETAINED, Latest, Manifest, Reference
+from codistill.exchange.manifest import (
+    ARCHITECTURE_BYTES,
+    LATEST_BYTES,
+    MANIFEST_BYTES,
+    MOST,
+    RETAINED,
+    Latest,
+    Manifest,
+    Reference,
+)
 from tests.fixtures_store import make_latest, make_manifest
 
 MISSING = object()
@@ -43,7 +52,7 @@ def test_the_latest_of_format_1_is_frozen_to_the_byte():
     [
         make_manifest(),
         make_manifest(update=0, payload="0-0000.safetensors", peer=12, final=True, metrics={}, architecture=None),
-        make_manifest(dtype="bfloat16", hmac="b" * 64, sequence=2**63 - 1),
+        make_manifest(dtype="bfloat16", hmac="b" * 64, sequence=MOST),
     ],
 )
 def test_a_manifest_survives_the_round_trip(manifest):
@@ -74,10 +83,12 @@ def test_metrics_that_are_not_finite_are_left_out():
         ("peer", "0"),
         ("incarnation", 0),
         ("sequence", -1),
-        ("sequence", 2**63),
+        ("sequence", MOST + 1),
+        ("update", 2**63),
         ("update", -1),
         ("update", 101),
         ("epoch", None),
+        ("architecture", {"name": "x" * ARCHITECTURE_BYTES}),
         ("final", 0),
         ("final", None),
         ("payload", "99-a1b2c3d4.safetensors"),
@@ -163,7 +174,7 @@ def test_a_later_format_says_so_instead_of_complaining_about_its_keys():
 def test_a_wrong_value_is_named_with_what_is_allowed():
     with pytest.raises(Refused) as caught:
         Manifest.parse(changed(make_manifest(), "incarnation", 0))
-    assert str(caught.value) == "manifest: incarnation: an integer >= 1 is expected, not 0"
+    assert str(caught.value) == "manifest: incarnation: an integer from 1 to 4611686018427387904 is expected, not 0"
 
 
 def test_documents_beyond_their_caps_are_refused_before_parsing():
@@ -174,7 +185,7 @@ def test_documents_beyond_their_caps_are_refused_before_parsing():
 
 
 def test_the_longest_list_of_snapshots_fits_the_cap():
-    longest = make_latest(make_manifest(), retained=(Reference(2**63 - 1, 2**63 - 1, 2**63 - 1),) * RETAINED)
+    longest = make_latest(make_manifest(), retained=(Reference(MOST, MOST, MOST),) * RETAINED)
     assert len(longest.to_json()) + MANIFEST_BYTES <= LATEST_BYTES
     assert Latest.parse(longest.to_json()) == longest
 

@@ -6,12 +6,14 @@ import threading
 from contextlib import contextmanager
 
 import pytest
+from obstore.store import MemoryStore
 
 from codistill import ConfigError
 from codistill.exchange.errors import StorageError
-from codistill.exchange.membership import TOKEN_FILE, Membership, owner_token
+from codistill.exchange.membership import INCARNATION_FILE, TOKEN_FILE, Membership, owner_token
+from codistill.exchange.objects import Objects
 from codistill.exchange.store import RunStore
-from tests.fixtures_peers import RUN, Writer, until
+from tests.fixtures_peers import NOWHERE, RUN, Writer, until
 from tests.fixtures_store import failing_objects, make_latest, make_manifest, memory_objects  # noqa: F401
 
 OURS, THEIRS = "a" * 64, "b" * 64
@@ -27,8 +29,8 @@ def store(memory_objects):  # noqa: F811
     return RunStore(memory_objects, RUN)
 
 
-def member(store, token=OURS, terms=TERMS):
-    return Membership(store, 1, token, terms)
+def member(store, token=OURS, terms=TERMS, save_dir=NOWHERE):
+    return Membership(store, 1, token, terms, save_dir)
 
 
 @contextmanager
@@ -131,6 +133,25 @@ def test_other_terms_are_refused_by_name(store, changes, difference):
         f"run run was started with {difference}; give all peers of a run the same options, or a new --codistill-run-id"
     )
     assert store.newest_claim(1, 1) == 1
+
+
+def test_a_store_that_lost_everything_does_not_make_a_restarted_peer_an_old_one(memory_objects, tmp_path):  # noqa: F811
+    for expected in (1, 2):
+        one = member(RunStore(memory_objects, RUN), save_dir=tmp_path)
+        one.join(0.1)
+        assert one.incarnation == expected
+    again = member(RunStore(Objects.over(MemoryStore()), RUN), save_dir=tmp_path)
+    again.join(0.1)
+    assert again.incarnation == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"many", b"\xff\xfe", b"9" * 5000])
+def test_a_spoilt_memory_of_the_incarnation_costs_nothing(store, tmp_path, content):
+    (tmp_path / INCARNATION_FILE).write_bytes(content)
+    one = member(store, save_dir=tmp_path)
+    one.join(0.1)
+    assert one.incarnation == 1
+    assert (tmp_path / INCARNATION_FILE).read_text() == "1\n"
 
 
 def test_a_store_that_fails_leaves_the_number_unclaimed_and_joining_works_later(failing_objects):  # noqa: F811

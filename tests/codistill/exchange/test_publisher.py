@@ -6,13 +6,23 @@ import time
 import pytest
 import torch
 
+from codistill.exchange import publisher as publisher_module
 from codistill.exchange.errors import StorageError
 from codistill.exchange.manifest import Reference
 from codistill.exchange.membership import Membership
 from codistill.exchange.snapshot import Template
 from codistill.exchange.store import RunStore
 from codistill.meters import Incidents
-from tests.fixtures_peers import RUN, Writer, identity, publishers, quick_exchange, until, weights  # noqa: F401
+from tests.fixtures_peers import (  # noqa: F401
+    NOWHERE,
+    RUN,
+    Writer,
+    identity,
+    publishers,
+    quick_exchange,
+    until,
+    weights,
+)
 from tests.fixtures_store import FailingObjects, failing_objects, memory_objects  # noqa: F401
 
 # ruff: noqa: F811
@@ -199,6 +209,114 @@ def test_when_the_store_fails_it_is_an_incident_and_the_next_publication_works(p
     assert incidents.counts == {"storage": 1}
     assert latest(objects).manifest.update == 8
     assert publisher.skipped == 0
+    written = [name for name in objects.snapshots() if name.startswith("create") and ".json" in name]
+    deleted = [name.replace("delete", "create") for name in objects.names if name.startswith("delete")]
+    assert sum(name not in deleted for name in set(written)) == 2  # what could not be deleted at first is gone too
+
+
+@pytest.mark.parametrize("operation", ["create", "put"])
+def test_a_publication_that_the_store_did_not_take_is_tried_again_until_it_does(publishers, objects, operation):
+    incidents = Incidents(fatal=False)
+    publisher = publishers(objects, incidents=incidents)
+    until(lambda: latest(objects))
+    publish(publisher, 2)
+    for nth in (1, 2, 3):
+        objects.fail_at(operation, nth)
+    publish(publisher, 4)
+    assert objects.fired == [operation] * 3
+    assert incidents.counts == {"storage": 3}
+    assert retained(objects) == [2, 4]
+    payloads = [name for name in objects.snapshots() if ".safetensors" in name and "/4-" in name]
+    assert len(set(payloads)) == 1  # every attempt under the same name
+
+
+@pytest.mark.parametrize("nth", [1, 2], ids=["payload", "manifest"])
+def test_an_attempt_whose_answer_was_lost_is_completed_by_the_next(publishers, objects, nth):
+    incidents = Incidents(fatal=False)
+    publisher = publishers(objects, incidents=incidents)
+    until(lambda: latest(objects))
+    objects.fail_at("create", nth, answer_lost=True)
+    publish(publisher, 2)
+    assert (objects.fired, incidents.counts) == (["create"], {"storage": 1})
+    assert (latest(objects).manifest.update, retained(objects)) == (2, [2])
+
+
+def test_a_publication_that_waits_for_its_next_attempt_makes_room_for_newer_weights(publishers, objects, monkeypatch):
+    monkeypatch.setattr(publisher_module, "RETRY_SECONDS", 600.0)
+    publisher = publishers(objects)
+    until(lambda: latest(objects))
+    objects.fail_at("create", 2)  # the manifest: its payload is on the store by then
+    assert publisher.publish(weights(2), update=2, epoch=1, metrics={})
+    until(lambda: objects.fired)
+    assert publisher.wait_for_buffer(20)
+    assert not publisher.flush(0.01)
+    publish(publisher, 4)
+    assert (publisher.skipped, retained(objects)) == (0, [4])
+    [payload] = [name for name in objects.snapshots() if name.startswith("create") and "/2-" in name]
+    assert payload.replace("create", "delete") in objects.names  # nobody needs what the first attempt left
+
+
+def test_closing_waits_for_no_further_attempt_unless_training_has_ended(publishers, objects, monkeypatch):
+    monkeypatch.setattr(publisher_module, "RETRY_SECONDS", 600.0)
+    publisher = publishers(objects)
+    until(lambda: latest(objects))
+    objects.fail_at("create")
+    assert publisher.publish(weights(2), update=2, epoch=1, metrics={})
+    until(lambda: objects.fired)
+    began = time.monotonic()
+    publisher.close(60, ended=False)
+    assert time.monotonic() - began < 30
+    assert latest(objects).manifest is None
+
+
+def test_the_last_snapshot_of_an_ended_training_is_tried_again(publishers, objects):
+    publisher = publishers(objects)
+    until(lambda: latest(objects))
+    objects.fail_at("create")
+    objects.fail_at("create", 2)
+    assert publisher.publish(weights(2), update=2, epoch=1, metrics={}, final=True)
+    publisher.close(60, ended=True)
+    assert objects.fired == ["create"] * 2
+    assert (latest(objects).manifest.final, latest(objects).closed) == (True, True)
+
+
+def test_what_a_killed_predecessor_left_half_written_is_swept_and_what_is_in_use_kept(publishers, objects):
+    first = publishers(objects, keep=2)
+    for update in (2, 4):
+        publish(first, update)
+    first.close(5, ended=False)
+    orphans = [f"{RUN}/peers/0/1/6-{'e' * 16}.safetensors", f"{RUN}/peers/0/1/5.json"]
+    for key in orphans:
+        objects.inner.put(key, b"half-written")
+    others = f"{RUN}/peers/1/1/6-{'e' * 16}.safetensors"
+    objects.inner.put(others, b"of another peer")
+    second = publishers(objects, keep=3)
+    publish(second, 6)
+    until(lambda: not any(map(objects.exists, orphans)))
+    assert objects.exists(others)
+    kept = latest(objects).retained
+    assert [reference.update for reference in kept] == [2, 4, 6]
+    for reference in kept:
+        manifest = RunStore(objects, RUN).manifest(0, reference)
+        assert objects.exists(f"{RUN}/peers/0/{reference.incarnation}/{manifest.payload}")
+
+
+def test_weights_that_cannot_be_copied_are_an_incident(publishers, objects):
+    incidents = Incidents(fatal=False)
+    publisher = publishers(objects, incidents=incidents)
+    publish(publisher, 2)
+    assert not publisher.publish({**weights(4), "a": torch.zeros(2)}, update=4, epoch=1, metrics={})
+    assert incidents.counts == {"copy": 1}
+    publish(publisher, 6)
+    assert retained(objects) == [2, 6]
+
+
+def test_the_same_update_is_published_once(publishers, objects):
+    publisher = publishers(objects)
+    publish(publisher, 2)
+    before = latest(objects).manifest
+    publish(publisher, 2, seed=9)
+    assert (latest(objects).manifest, retained(objects)) == (before, [2])
 
 
 def test_a_store_that_cannot_be_reached_at_the_start_is_joined_later(publishers, objects):
@@ -253,7 +371,6 @@ def test_a_restart_takes_over_what_was_left_and_prunes_it_in_time(publishers, ob
     second = publishers(objects, keep=2)
     until(lambda: latest(objects).incarnation == 2)
     assert latest(objects).manifest == before.manifest
-    assert latest(objects).heartbeat > before.heartbeat
     publish(second, 4)
     assert latest(objects).retained == (Reference(1, 4, 2), Reference(2, 4, 1))
 
@@ -337,10 +454,10 @@ def test_closing_does_not_wait_for_a_heartbeat_that_hangs(publishers, objects):
 
 def test_nothing_is_written_by_a_process_whose_number_was_refused(objects, quick_exchange):
     store = RunStore(objects, RUN)
-    Membership(store, 0, "b" * 64, {}).join(0.1)
+    Membership(store, 0, "b" * 64, {}, NOWHERE).join(0.1)
     Writer(store, peer=0).announce(None, token="b" * 64)
     before = list(objects.names)
     objects.fail_at("create")
     with pytest.raises(StorageError):
-        Membership(store, 0, "a" * 64, {}).join(0.1)
+        Membership(store, 0, "a" * 64, {}, NOWHERE).join(0.1)
     assert objects.names == before

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codistill.exchange.errors import Refused
-from codistill.exchange.strict_json import DEPTH, LIMIT, dumps, loads
+from codistill.exchange.strict_json import DEPTH, LIMIT, dumps, loads, most_values
 
 SCALARS = (
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False)
@@ -50,7 +50,7 @@ def test_an_object_survives_the_round_trip_and_has_one_spelling(value):
         b"\xef\xbb\xbf{}",
         '{"a":1}'.encode("utf-16"),
         nested(DEPTH + 1),
-        nested(20_000),
+        nested(8_000),
         b"",
         b"[]",
         b"null",
@@ -82,6 +82,47 @@ def test_more_bytes_than_the_limit_are_refused_before_parsing():
     assert caught.value.cause == "size"
     with pytest.raises(Refused):
         loads(b'{"a":1}', limit=6)
+
+
+def count(value):
+    """The values in a parsed document, itself included."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + sum(map(count, inner))
+
+
+@given(
+    st.recursive(
+        SCALARS | st.text(max_size=4),
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
+    ),
+    st.sampled_from([None, 1]),
+)
+def test_a_text_never_has_more_values_than_were_counted_beforehand(value, indent):
+    assert count(value) <= most_values(json.dumps(value, indent=indent).encode())
+
+
+def test_the_count_is_exact_where_no_text_holds_a_comma_or_a_bracket():
+    value = {"a": [1, {"b": None}, "c"], "d": [0, 0]}
+    assert count(value) == most_values(dumps(value))
+
+
+@pytest.mark.parametrize("item", [b"0", b"{}", b"[]", b'{"a":0}', b'"a,b"'])
+def test_more_values_than_a_document_has_are_refused_before_parsing(item, monkeypatch):
+    def never(*_, **__):
+        pytest.fail("it was parsed")
+
+    monkeypatch.setattr(json, "loads", never)
+    with pytest.raises(Refused, match=r"values in \d+ bytes of JSON, 8192 are allowed") as caught:
+        loads(b'{"a":[' + b",".join([item] * (LIMIT // 8 - 1)) + b"]}")
+    assert caught.value.cause == "size"
+
+
+def test_as_many_values_as_are_allowed_are_parsed():
+    data = b'{"a":[' + b",".join([b"0"] * (LIMIT // 8 - 2)) + b"]}"
+    assert len(loads(data)["a"]) == LIMIT // 8 - 2
+    assert loads(b'{"a":[0,0]}', values=4) == {"a": [0, 0]}
+    with pytest.raises(Refused):
+        loads(b'{"a":[0,0]}', values=3)
 
 
 @given(st.binary(max_size=64))
