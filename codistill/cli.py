@@ -7,6 +7,7 @@ exit with 1 (bad arguments, as argparse has it, with 2). No host framework is im
 import argparse
 import dataclasses
 import importlib.util
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         argv: Arguments without the program's name; those of the process if None.
 
     Returns:
-        The exit status: 0, or 1 after one line on standard error.
+        The exit status: 0 for success, else 1, or 2 for arguments that cannot work.
     """
     arguments = _parser().parse_args(argv)
     return arguments.run(arguments)
@@ -55,6 +56,38 @@ def _parser() -> argparse.ArgumentParser:
         "defaults. (fairseq-train --help shows no plug-in's options.)",
     )
     options.set_defaults(run=_options)
+
+    status = commands.add_parser(
+        "status",
+        help="say what the peers of a run are doing",
+        description="Says of every peer of a run whether it is alive, late, finished, missing or refused, and why, and "
+        "what its newest snapshot is; from the store alone. It waits for a heartbeat of each, some 5 seconds.",
+        epilog="Exit status: 0 when every peer is alive or finished, 1 when not or when nothing can be said, 2 for bad "
+        "arguments. With a key in CODISTILL_KEY or CODISTILL_KEY_FILE signatures are checked. JSON: place, run, ok, "
+        "error (null, or why nothing can be said), terms (what all peers agreed on), verified (whether signatures were "
+        "checked), peers: a list of peer, state, why, cause (of a refusal), incarnation, heartbeat, update, epoch, "
+        "final, behind (updates behind the most advanced peer), staleness, bytes, dtype, architecture, metrics; "
+        "unknown values are null.",
+    )
+    status.add_argument("url", metavar="URL", help="what the peers were given as --codistill-dir")
+    status.add_argument("--run-id", default="default", help="which run there (default: %(default)s)")
+    status.add_argument("--watch", action="store_true", help="refresh until interrupted")
+    status.add_argument("--json", action="store_true", help="print one line of JSON, with --watch one a refresh")
+    status.add_argument(
+        "--patience",
+        type=float,
+        default=15.0,
+        metavar="SECONDS",
+        help="a peer without a new heartbeat for so long is late (default: %(default)g, three heartbeats)",
+    )
+    status.add_argument(
+        "--interval",
+        type=float,
+        default=5.0,
+        metavar="SECONDS",
+        help="with --watch, between two refreshes (default: %(default)g)",
+    )
+    status.set_defaults(run=_status)
     return parser
 
 
@@ -72,7 +105,7 @@ def _user_dir(arguments: argparse.Namespace) -> int:
 
 
 def _options(_: argparse.Namespace) -> int:
-    from codistill.config import CodistillConfig, DataConfig, flag  # loads torch, which the other commands do without
+    from codistill.config import CodistillConfig, DataConfig, flag
 
     for item in (*dataclasses.fields(CodistillConfig), *dataclasses.fields(DataConfig)):
         choices = item.metadata["choices"]
@@ -80,6 +113,27 @@ def _options(_: argparse.Namespace) -> int:
         print(f"{flag(item.name)}{values} (default: {item.default})")
         print(textwrap.fill(item.metadata["help"], 100, initial_indent="    ", subsequent_indent="    "))
     return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from codistill import status  # loads what reads stores, and rich; the other commands do without
+    from codistill.config import ConfigError
+
+    try:
+        return status.run(
+            arguments.url,
+            run_id=arguments.run_id,
+            watch=arguments.watch,
+            as_json=arguments.json,
+            patience=arguments.patience,
+            interval=arguments.interval,
+        )
+    except ConfigError as error:
+        print(f"codistill: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever read us, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor can Python flush at its end
+        return 1
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from codistill import status
 from codistill.cli import main
 from codistill.config import CodistillConfig, DataConfig
 
@@ -69,6 +70,9 @@ def test_help_names_the_commands_and_what_they_are_for(capsys):
         ([], "the following arguments are required: COMMAND"),
         (["frobnicate"], "invalid choice: 'frobnicate'"),
         (["user-dir", "keras"], "invalid choice: 'keras'"),
+        (["status"], "the following arguments are required: URL"),
+        (["status", "folder", "--patience", "long"], "argument --patience: invalid float value: 'long'"),
+        (["status", "folder", "--interval"], "argument --interval: expected one argument"),
     ],
 )
 def test_bad_arguments_end_with_status_2_and_say_what_is_wrong(arguments, complaint, capsys):
@@ -86,3 +90,53 @@ def test_options_lists_every_flag_with_its_default_and_help(capsys):
         assert f"(default: {item.default})" in text
         assert item.metadata["help"].split()[-1] in text
     assert "--codistill-loss {kl,mse,ce} (default: kl)" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["http://host/x"], "URL 'http://': must be a folder or start with one of file://, s3://, gs://, az://"),
+        ([" "], "URL ' ': must be a folder or start with one of file://, s3://, gs://, az://"),
+        (
+            ["folder", "--run-id", "../x"],
+            "--run-id '../x': must be 1 to 128 letters, digits, dots, dashes or underscores, "
+            "the first a letter or digit",
+        ),
+        (["folder", "--patience", "0"], "--patience 0: must be a finite number of seconds above 0"),
+        (["folder", "--patience", "nan"], "--patience nan: must be a finite number of seconds above 0"),
+        (["folder", "--interval", "inf"], "--interval inf: must be a finite number of seconds above 0"),
+    ],
+)
+def test_status_refuses_what_cannot_work_in_one_line_and_with_status_2(arguments, complaint, capsys):
+    assert main(["status", *arguments]) == 2
+    assert capsys.readouterr() == ("", f"codistill: {complaint}\n")
+
+
+def test_status_refuses_a_signing_key_that_is_none_without_showing_it(capsys, monkeypatch):
+    monkeypatch.setenv("CODISTILL_KEY", "too short")
+    assert main(["status", "folder"]) == 2
+    printed, complaint = capsys.readouterr()
+    assert printed == ""
+    assert complaint.startswith("codistill: CODISTILL_KEY: a key of 9 bytes; ")
+    assert "too short" not in complaint
+
+
+def test_the_help_of_status_names_its_defaults_and_every_key_of_its_json(capsys):
+    with pytest.raises(SystemExit):
+        main(["status", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"which run there (default: {CodistillConfig(peers=1).run_id})" in text
+    assert f"(default: {status.PATIENCE:g}, three heartbeats)" in text
+    assert f"between two refreshes (default: {status.INTERVAL:g})" in text
+    for item in (*dataclasses.fields(status.Report), *dataclasses.fields(status.Row)):
+        assert item.name in text
+
+
+def test_status_loads_neither_torch_nor_a_host_framework(tmp_path):
+    code = (
+        "import sys; from codistill.cli import main; main(['status', sys.argv[1]]);"
+        "print({name.split('.')[0] for name in sys.modules} & {'torch', 'fairseq', 'timm', 'hydra'} or 'none of them')"
+    )
+    result = run("-c", code, str(tmp_path), cwd=ROOT)
+    assert result.stdout == "none of them\n"
+    assert result.stderr == f"codistill: {tmp_path} holds no run default; its first peer will make it\n"
