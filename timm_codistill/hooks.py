@@ -65,6 +65,7 @@ class Hooks:
         self._module = module
         self._task: Optional[CodistillationTask] = None
         self._updates_in_all: Optional[int] = None
+        self._to_be_continued = False
         self._host_parse_args = module._parse_args
         self._host_create_dataset = module.create_dataset
         self._host_create_loader = module.create_loader
@@ -74,8 +75,10 @@ class Hooks:
         module._parse_args = self._parse_args  # type: ignore[attr-defined]
 
     def end(self) -> None:
-        """`main` has returned: publish the final weights, unless it was interrupted before the last update."""
-        if self._task is not None and self._updates_in_all in (None, self._task.updates):
+        """`main` has returned: publish the final weights, unless it was stopped before the last update."""
+        if self._task is None or self._to_be_continued:
+            return
+        if self._updates_in_all in (None, self._task.updates):
             self._task.finish()
 
     def close(self) -> None:
@@ -89,6 +92,7 @@ class Hooks:
         if config is not None:
             refuse_host_options(args)
             self._data = data_config(args)
+            self._to_be_continued = getattr(args, "stop_epoch", None) is not None  # from timm 1.0.31
             args.seed += seed_offset(config.peer)  # not in `text`: args.yaml holds what the user gave
             self._take_places(args)
         return args, text

@@ -74,6 +74,12 @@ def refuse_host_options(args: argparse.Namespace) -> None:
     for name, spelling, reason in _REFUSED:
         if getattr(args, name, None):
             raise ConfigError(f"{spelling}: cannot be combined with --codistill: {reason}; leave one of them out")
+    task = getattr(args, "task", None)  # from timm 1.0.31
+    if task not in (None, "classification"):
+        raise ConfigError(
+            f"--task {task}: cannot be combined with --codistill: peers are compared as distributions over classes; "
+            "leave one of them out"
+        )
 
 
 def _options() -> Iterator[tuple[type, Any]]:

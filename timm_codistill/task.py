@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Optional
 
@@ -19,7 +19,7 @@ from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from codistill import CodistillConfig, Codistiller, WeightDecay
+from codistill import CodistillConfig, Codistiller, ConfigError, WeightDecay
 from timm_codistill.data import fingerprint, offset_sampler, seed_offset
 from timm_codistill.generators import Generators
 from timm_codistill.options import codistill_config
@@ -51,6 +51,7 @@ class CodistillationTask(ClassificationTask):
     ) -> None:
         super().__init__(model, criterion, *args, **kwargs)
         self._config: Optional[CodistillConfig] = codistill_config(options)
+        self._model_name = getattr(options, "model", None)
         schedule = self._config.weight_decay_schedule() if self._config else None
         self._weight_decay = WeightDecay(schedule) if schedule is not None else None
         self._codistiller: Optional[Codistiller] = None
@@ -196,6 +197,11 @@ class CodistillationTask(ClassificationTask):
             self._restored = dict((state or {}).get(_STATE) or {})
 
     def _begin(self, config: CodistillConfig, dataset: Any, save_dir: Optional[str | Path]) -> None:
+        if config.peers > 1 and getattr(self._optimizer, "is_second_order", False):
+            raise ConfigError(
+                f"--codistill: {type(self._optimizer).__name__} takes second derivatives, which the penalty does not "
+                "have; choose another --opt, or leave --codistill out"
+            )
         model = unwrap_model(self.trainable_module)
         self._codistiller = Codistiller(
             config,
@@ -203,6 +209,7 @@ class CodistillationTask(ClassificationTask):
             build_peer=self._build_peer,
             fingerprint=fingerprint(getattr(model, "num_classes", None), dataset),
             save_dir=Path(save_dir or "."),  # worker 0 alone writes there
+            architecture=_architecture(self._model_name, model),
         )
         atexit.register(self._codistiller.close)
         if self._restored:
@@ -237,3 +244,10 @@ class CodistillationTask(ClassificationTask):
         if self._compiled is not None:
             peer.compile(**self._compiled)
         return peer
+
+
+def _architecture(given: Any, model: nn.Module) -> Optional[dict[str, Any]]:
+    """The name that `timm.create_model` was `given`, or that timm's registry has for `model`, as manifests hold it."""
+    known = getattr(model, "pretrained_cfg", None)
+    name = given or (known.get("architecture") if isinstance(known, Mapping) else None)
+    return {"name": name, "arguments": {}} if isinstance(name, str) else None

@@ -1,7 +1,7 @@
 """One worker of a timm training, in a process of its own that was forked with torch and timm already imported.
 
 Runs a train.py as `python train.py …` does, or through `timm-codistill`, and records what a log would round: the loss
-of every batch and the state of every random generator after it, the same for both.
+of every batch, whether a penalty was added, and the state of every random generator after it, the same for both.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 import timm_codistill.__main__
+from tests.integration import sync_batchnorm_on_cpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Worker:
         env: environment variables to set.
         sampler_seed: seed of a distributed sampler where the script names none.
         pause: seconds that every batch takes longer.
+        sync_batchnorm: whether torch's SyncBatchNorm is to work here.
     """
 
     script: str
@@ -46,6 +48,7 @@ class Worker:
     env: dict
     sampler_seed: int
     pause: float
+    sync_batchnorm: bool
 
 
 def work(worker):
@@ -55,6 +58,8 @@ def work(worker):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), stream)
     os.environ.update(worker.env)
     torch.set_num_threads(1)
+    if worker.sync_batchnorm:
+        sync_batchnorm_on_cpu.enable()
     record(worker.record, worker.pause)
     if worker.codistilled:
         sys.argv = ["timm-codistill", worker.script, *worker.flags]
@@ -99,6 +104,12 @@ def generators():
     return hashlib.sha256(repr(states).encode() + torch.get_rng_state().numpy().tobytes()).hexdigest()[:16]
 
 
+def penalised(task):
+    """Whether peers were asked for this batch."""
+    codistiller = getattr(task, "_codistiller", None)
+    return codistiller is not None and codistiller.active
+
+
 def record(path, pause):
     """Append a line for every batch to `path`."""
     host_call = ClassificationTask.__call__
@@ -106,7 +117,8 @@ def record(path, pause):
     def call(self, *args, **kwargs):
         result = host_call(self, *args, **kwargs)
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"loss": float(result["loss"]), "generators": generators()}) + "\n")
+            line = {"loss": float(result["loss"]), "penalised": penalised(self), "generators": generators()}
+            file.write(json.dumps(line) + "\n")
         time.sleep(pause)
         return result
 

@@ -208,6 +208,7 @@ class Trainings:
         seed: int = 1,
         sampler_seed: int = 0,
         pause: float = 0.0,
+        sync_batchnorm: bool = False,
     ) -> Training:
         """Start train.py with `flags`, which may repeat and thereby override what is set here.
 
@@ -219,6 +220,7 @@ class Trainings:
             seed: `--seed`.
             sampler_seed: of a distributed sampler, where train.py names none.
             pause: seconds that every batch takes longer.
+            sync_batchnorm: make torch's SyncBatchNorm, for `--sync-bn`, work on the CPU.
         """
         told = {
             "script": self.script,
@@ -226,6 +228,7 @@ class Trainings:
             "codistilled": codistilled,
             "sampler_seed": sampler_seed,
             "pause": pause,
+            "sync_batchnorm": sync_batchnorm,
         }
         env = {"TMPDIR": self._temporary.name, "GLOO_SOCKET_IFNAME": "lo"}
         envs = [{**env, **place} for place in self._places(workers)]

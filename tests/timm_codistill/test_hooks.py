@@ -24,6 +24,8 @@ def script(main, *flags):
     module.parser = argparse.ArgumentParser()
     module.parser.add_argument("--seed", type=int, default=42)
     module.parser.add_argument("--grad-accum-steps", type=int, default=1)
+    module.parser.add_argument("--stop-epoch", type=int, default=None)  # from timm 1.0.31, like the next
+    module.parser.add_argument("--task", default="classification")
     module.ClassificationTask = ClassificationTask
     module.create_dataset = lambda *args, **kwargs: kwargs
     module.create_loader = lambda *args, **kwargs: kwargs
@@ -97,6 +99,16 @@ def test_only_a_training_that_came_to_its_end_leaves_a_final_snapshot(tmp_path, 
     assert latest(tmp_path)["manifest"]["final"] is final
 
 
+@pytest.mark.parametrize("counted", ["schedule", "stop"])
+def test_a_training_that_is_to_be_continued_after_its_stop_epoch_leaves_no_final_snapshot(tmp_path, counted):
+    def main(module, args, text):
+        train(module, args, tmp_path, epochs={"schedule": 2, "stop": args.stop_epoch}[counted])
+
+    hooks.run(script(main, *peer(tmp_path), "--stop-epoch", 1))
+    assert latest(tmp_path)["manifest"]["final"] is False
+    assert latest(tmp_path)["manifest"]["update"] == 2
+
+
 class MultiLabelTask(ClassificationTask):
     """Like one that timm 1.0.31 has."""
 
@@ -113,10 +125,21 @@ def test_another_task_than_classification_is_refused_with_one_line(tmp_path):
     )
 
 
-def test_a_bad_option_ends_before_anything_is_built(tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("--codistill-peers", 2), "--codistill-dir is missing: 2 peers need a folder or bucket"),
+        (
+            ("--codistill-peers", 1, "--task", "multilabel"),
+            "--task multilabel: cannot be combined with --codistill: peers are compared as distributions over classes; "
+            "leave one of them out",
+        ),
+    ],
+)
+def test_a_bad_option_ends_before_anything_is_built(tmp_path, flags, line):
     with pytest.raises(SystemExit) as ended:
-        hooks.run(script(lambda module, args, text: pytest.fail("it went on"), "--codistill", "--codistill-peers", 2))
-    assert str(ended.value).startswith("--codistill-dir is missing: 2 peers need a folder or bucket")
+        hooks.run(script(lambda module, args, text: pytest.fail("it went on"), "--codistill", *flags))
+    assert str(ended.value).startswith(line)
 
 
 def test_a_loader_without_workers_is_not_asked_to_keep_them(tmp_path):

@@ -126,9 +126,16 @@ def test_a_bad_value_on_the_command_line_is_one_line_without_the_usage(capsys):
             "--torchscript: cannot be combined with --codistill: a scripted model has no eager twin for a peer's "
             "weights; leave one of them out",
         ),
+        (
+            "task",
+            "multilabel",
+            "--task multilabel: cannot be combined with --codistill: peers are compared as distributions over classes; "
+            "leave one of them out",
+        ),
     ],
 )
 def test_what_cannot_work_together_is_refused(name, value, line):
+    refuse_host_options(argparse.Namespace(task="classification"))
     refuse_host_options(argparse.Namespace(**{name: None}))
     with pytest.raises(ConfigError) as error:
         refuse_host_options(argparse.Namespace(**{name: value}))

@@ -1,103 +1,31 @@
 """CodistillationTask: its penalty, and everything timm's ClassificationTask does."""
 
-import argparse
-import time
+import inspect
+import json
 
 import pytest
 import torch
 from timm.loss import JsdCrossEntropy, LabelSmoothingCrossEntropy
 from timm.models import create_model
-from timm.models.resnet import Bottleneck, ResNet
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
 
 from codistill import KEYS, ConfigError
-from timm_codistill import CodistillationTask, add_arguments
+from tests.timm_codistill.fixtures_tasks import (  # noqa: F401
+    IMAGES,
+    LABELS,
+    MODELS,
+    gradients,
+    loader,
+    options,
+    peers,
+    update,
+)
+from timm_codistill import CodistillationTask
 
-torch.manual_seed(0)
-IMAGES, LABELS = torch.randn(8, 3, 32, 32), torch.arange(8) % 5
-SECONDS = 60.0
-
-
-MODELS = {
-    "resnet": lambda: create_model("test_resnet", num_classes=5),
-    "resnext": lambda: ResNet(Bottleneck, [1, 1, 1, 1], num_classes=5, cardinality=4, base_width=4, stem_width=8),
-    "vit": lambda: create_model("test_vit", num_classes=5, img_size=32),
-    "distillation head": lambda: create_model(
-        "deit_tiny_distilled_patch16_224", num_classes=5, img_size=32, embed_dim=24, depth=1, num_heads=3
-    ),
-}
-
-
-def options(*flags):
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return parser.parse_args(flags)
-
-
-def loader():
-    return DataLoader(TensorDataset(IMAGES, LABELS), batch_size=8)
-
-
-class Peers:
-    """Makes tasks that share a folder, and closes them."""
-
-    def __init__(self, folder):
-        self.folder, self.tasks = folder, []
-
-    def task(self, number, model, *flags, criterion=None, peers=2):
-        given = ["--codistill", "--codistill-dir", self.folder / "exchange", "--codistill-interval", "1"]
-        given += ["--codistill-peer", number, "--codistill-peers", peers, "--codistill-timeout", "30", *flags]
-        made = CodistillationTask(model, criterion or nn.CrossEntropyLoss(), options=options(*map(str, given)))
-        self.tasks.append(made)
-        return made
-
-    def publish(self, model, number=1, updates=3, **how):
-        """Train `model` as peer `number`, to the end."""
-        task = self.task(number, model, **how)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        for _ in task.epochs(range(1), loader(), optimizer, save_dir=self.folder / str(number)):
-            for step in range(updates):
-                update(task, optimizer, step + 1)
-        return model.eval()
-
-    def until_it_has_a_peer(self, task, model):
-        """Batch after batch, without changing a parameter, until a peer's snapshot is in use."""
-        task.begin_epoch(
-            0, loader(), torch.optim.SGD(model.parameters(), lr=0.0, weight_decay=1e-3), save_dir=self.folder / "0"
-        )
-        end = time.monotonic() + SECONDS
-        step = 0
-        while task.metrics()["codistill_peers"] == 0:
-            assert time.monotonic() < end, "no snapshot came"
-            task(IMAGES, LABELS)
-            step += 1
-            task.update_ema(step)
-            time.sleep(0.02)
-
-
-@pytest.fixture
-def peers(tmp_path):
-    made = Peers(tmp_path)
-    yield made
-    for task in made.tasks:
-        task.close()
-
-
-def update(task, optimizer, step):
-    result = task(IMAGES, LABELS)
-    result["loss"].backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    task.update_ema(step=step)
-    return result
-
-
-def gradients(model, loss):
-    return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+# ruff: noqa: F811
 
 
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
@@ -233,3 +161,40 @@ def test_a_data_set_that_names_its_classes_differently_is_another_run_s(peers):
     task.begin_epoch(0, loader(), torch.optim.SGD(other.parameters(), lr=0.1), save_dir=peers.folder / "0")
     with pytest.raises(ConfigError, match="output"):
         task(IMAGES, LABELS)
+
+
+def test_an_optimizer_that_takes_second_derivatives_is_refused_when_there_are_peers(peers):
+    def begin(task, model):
+        optimizer = create_optimizer_v2(model, opt="adahessian", lr=0.1)
+        task.begin_epoch(0, loader(), optimizer, save_dir=peers.folder / "0")
+
+    model = MODELS["resnet"]()
+    begin(peers.task(0, model, peers=1), model)
+    with pytest.raises(ConfigError) as error:
+        begin(peers.task(0, model), model)
+    assert str(error.value) == (
+        "--codistill: Adahessian takes second derivatives, which the penalty does not have; "
+        "choose another --opt, or leave --codistill out"
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "wanted"),
+    [
+        ("resnet", "test_resnet.r160_in1k", {"name": "test_resnet.r160_in1k", "arguments": {}}),
+        ("vit", None, {"name": "test_vit", "arguments": {}}),
+        ("resnext", None, None),  # built by hand
+    ],
+)
+def test_a_manifest_says_which_of_timm_s_models_it_is(peers, model, given, wanted):
+    peers.publish(MODELS[model](), updates=1, name=given)
+    latest = json.loads((peers.folder / "exchange/default/peers/1/latest.json").read_text(encoding="utf-8"))
+    assert latest["manifest"]["architecture"] == wanted
+
+
+def test_every_method_takes_what_timm_s_own_takes():
+    for name, ours in inspect.getmembers(CodistillationTask, inspect.isfunction):
+        host = getattr(ClassificationTask, name, ours)
+        taken = inspect.signature(ours).parameters.values()
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
+            assert inspect.signature(host).parameters.keys() <= {parameter.name for parameter in taken}, name

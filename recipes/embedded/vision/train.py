@@ -18,7 +18,7 @@ import torch
 import yaml
 from timm import utils
 from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_dataset, create_loader, resolve_data_config
-from timm.layers import convert_splitbn_model
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import create_model
 from timm.optim import create_optimizer_v2, optimizer_kwargs
@@ -71,6 +71,7 @@ parser.add_argument("--mixup", type=float, default=0.0)
 parser.add_argument("--cutmix", type=float, default=0.0)
 parser.add_argument("--smoothing", type=float, default=0.1)
 parser.add_argument("--drop", type=float, default=0.0)
+parser.add_argument("--sync-bn", action="store_true")
 parser.add_argument("--split-bn", action="store_true")
 parser.add_argument("--dist-bn", default="reduce")
 parser.add_argument("--model-ema", action="store_true")
@@ -176,6 +177,9 @@ def build_model(args, device):
     model.to(device=device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
+    if args.distributed and args.sync_bn:
+        args.dist_bn = ""
+        model = convert_sync_batchnorm(model)
     return model
 
 
