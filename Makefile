@@ -11,12 +11,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint
 SAY := @printf 'env %s\n'
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint bench clean
+.PHONY: help env demo test lint bench faults fuzz soak clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "  VENV=$(VENV)  PYTHON=$(PYTHON)  ARGS=... is passed on by demo, test and bench"
+	@echo "  VENV=$(VENV)  PYTHON=$(PYTHON)  ARGS=... is passed on by every target that runs something"
 
 env: $(STAMPS)/project  ## build the environment, or finish a half-built one (about 8 minutes)
 
@@ -33,6 +33,15 @@ lint: env  ## ruff check, ruff format --check, mypy
 
 bench: env  ## measure what codistillation costs
 	$(BIN)/python -m benchmarks $(ARGS)
+
+faults: env  ## inject every fault at every step of an exchange, on a folder and on S3; ends with a table
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.matrix $(ARGS)
+
+fuzz: $(STAMPS)/fuzz  ## feed the readers of what comes from the store with bytes made to break them (ARGS="--seconds 600")
+	$(BIN)/python -m tests.faults.fuzz $(ARGS)
+
+soak: env  ## three peers, thousands of exchanges, random kills and faults (ARGS="--minutes 30")
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak $(ARGS)
 
 clean:  ## remove build artefacts and caches; the environment and data/ stay
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -64,6 +73,11 @@ $(STAMPS)/torch: constraints.txt $(STAMPS)/venv
 $(STAMPS)/fairseq: constraints.txt $(STAMPS)/torch
 	$(SAY) "3/4  fairseq, compiled here (about 5 minutes)"
 	@PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation fairseq-fixed
+	@touch $@
+
+# Apart from the rest: the fuzzer has no builds for macOS.
+$(STAMPS)/fuzz: $(STAMPS)/project
+	@$(PIP) atheris
 	@touch $@
 
 $(STAMPS)/project: setup.py constraints.txt $(STAMPS)/fairseq
