@@ -27,7 +27,7 @@ from codistill.exchange.snapshot import distinct, weights_hash
 from codistill.losses import Distilled, distill
 from codistill.meters import Distance, Incidents, MetricsFile
 from codistill.termination import Termination
-from codistill.workers import Workers
+from codistill.workers import Workers, WorkersLost
 
 AGREED = ("peers", "interval", "loss", "temperature", "sync", "dtype")
 
@@ -207,7 +207,10 @@ class Codistiller:
         exchange.load_state_dict(self._restored.get("in_use", {}))
         terms = {name: getattr(self.config, name) for name in AGREED} | {"output": self._fingerprint}
         identity = Identity(self._fingerprint, self._init_hash, self._architecture)
-        exchange.start(identity, terms, update, self._measure_distance)
+        try:
+            exchange.start(identity, terms, update, self._measure_distance)
+        except WorkersLost as error:
+            exchange.end_without_workers(error)
         self._termination.install()
 
     def _leave(self, update: int, epoch: int) -> None:
@@ -247,7 +250,7 @@ class Codistiller:
             return
         try:
             self._moved = self._distance.measure(state)
-        except (OSError, SafetensorError, RuntimeError) as error:  # unreadable, or of another model
+        except (OSError, SafetensorError, RuntimeError, TypeError) as error:  # unreadable, or of another model
             self._moved = math.nan
             self._incidents.report("metrics", f"the distance from initialisation is not known: {error}")
 

@@ -9,6 +9,7 @@ stops exchanging; training itself is the host's business.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -72,8 +73,11 @@ class Workers:
         return tensor.tolist()
 
     def close(self) -> None:
-        """Leave the group. Every worker leaves on its own; no collective happens."""
-        self._group = None
+        """Leave the group, on one's own: a worker that waits for this one learns of it now, not after the time-out."""
+        group, self._group = self._group, None
+        if group is not None:
+            with contextlib.suppress(Exception):  # the host may have taken down all groups already
+                dist.destroy_process_group(group)
 
     def _run(self, collective: Callable[[], object]) -> None:
         try:

@@ -214,6 +214,12 @@ class CheckpointExchange:
         """
         self._close(self._config.timeout if seconds is None else seconds, ended=False)
 
+    def end_without_workers(self, error: WorkersLost) -> None:
+        """Exchange no more: the last good snapshots stay in use until they are too stale."""
+        self._workers.close()  # first, for those who still wait for us
+        self._incidents.report("workers", f"{error}; the exchange is over, training goes on")
+        self.close(1.0)
+
     def _publish_now(
         self, update: int, epoch: int, metrics: Mapping[str, float], seconds: float, *, final: bool
     ) -> float:
@@ -364,8 +370,7 @@ class CheckpointExchange:
             try:
                 agreed = meet(self._workers, self._others, self._pending, self._readiness)
             except WorkersLost as error:
-                self._incidents.report("workers", f"{error}; the exchange is over, training goes on")
-                self.close()
+                self.end_without_workers(error)
                 return
             for peer, (proposal, answer) in agreed.items():
                 if answer is Readiness.READY:

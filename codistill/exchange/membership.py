@@ -100,6 +100,8 @@ class Membership:
         try:
             self._store.agree(self._terms)
         except Refused as error:
+            if error.cause != "terms":  # spoilt, not different: it may be read well the next time
+                raise
             raise ConfigError(f"{error}; give all peers of a run the same options, or a new {flag('run-id')}") from None
         self.before = self._previous()
         if self._owned_by_another() and self._heart_beats(watch_seconds):
