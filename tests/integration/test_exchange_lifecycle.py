@@ -107,6 +107,18 @@ def test_two_peers_of_two_workers_take_each_other_up_on_all_workers_at_once(trai
         assert peer.metrics()[-1]["incidents"] == 0
 
 
+def test_trouble_with_a_peer_ends_the_run_of_a_user_who_asked_for_that_and_no_other(trainings):
+    place = trainings.exchange / "run/peers/1/latest.json"
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"\x80\x04rubbish")
+    strict = trainings.peer(0, "--codistill-on-error", "fail", peers=3, **GO_ON)
+    tolerant = trainings.peer(2, peers=3, **GO_ON)
+    assert refused(strict).startswith("peer 1: not strict JSON: ")
+    assert refused(strict).endswith("; ended by --codistill-on-error fail")
+    until(lambda: tolerant.metrics() and tolerant.metrics()[-1]["incidents"] > 0, tolerant)
+    tolerant.reach(tolerant.records()[-1]["update"] + 20)
+
+
 def test_three_peers_all_take_each_other_up(trainings):
     peers = [trainings.peer(number, peers=3, **GO_ON) for number in range(3)]
     for peer in peers:
