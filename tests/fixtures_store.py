@@ -239,6 +239,17 @@ class S3Server:
         keys = {"aws_access_key_id": "loopback-access-key", "aws_secret_access_key": "loopback-secret-key"}
         return boto3.client("s3", endpoint_url=self.url, region_name="us-east-1", config=Config(proxies={}), **keys)
 
+    def environment(self) -> dict[str, str]:
+        """What a process needs to reach it."""
+        place = {"AWS_ENDPOINT_URL": self.url, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1"}
+        return {**place, **CREDENTIALS, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+
+    def bucket(self) -> str:
+        """The name of a new bucket."""
+        name = f"bucket-{uuid.uuid4().hex}"
+        self.client().create_bucket(Bucket=name)
+        return name
+
     def stop(self) -> None:
         self._server.shutdown()
         self._thread.join()
@@ -281,12 +292,9 @@ def s3_server() -> Iterator[S3Server]:
 @pytest.fixture
 def s3_url(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     """A fresh bucket's URL, with the environment that reaches it."""
-    environment = {"AWS_ENDPOINT_URL": s3_server.url, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1"}
-    for name, value in {**environment, **CREDENTIALS, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}.items():
+    for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
-    bucket = f"bucket-{uuid.uuid4().hex}"
-    s3_server.client().create_bucket(Bucket=bucket)
-    return f"s3://{bucket}/some/prefix"
+    return f"s3://{s3_server.bucket()}/some/prefix"
 
 
 @pytest.fixture

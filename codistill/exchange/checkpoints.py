@@ -11,41 +11,26 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-import torch
 from torch import Tensor, nn
 
 from codistill.config import CodistillConfig, ConfigError, flag
 from codistill.exchange.errors import ExchangeError, StorageError
 from codistill.exchange.fetcher import HURRIED_SECONDS, NEWEST, Fetcher, Wish, snapshot_file
-from codistill.exchange.manifest import Reference
 from codistill.exchange.meeting import Proposal, Readiness, meet
 from codistill.exchange.membership import Identity, Membership, owner_token
 from codistill.exchange.objects import Objects, without_credentials
+from codistill.exchange.peer_modules import InUse, PeerModules, held_before
 from codistill.exchange.publisher import Publisher
 from codistill.exchange.signing import KEY, signing_key
-from codistill.exchange.snapshot import Template, load
+from codistill.exchange.snapshot import Template
 from codistill.exchange.store import RunStore
 from codistill.meters import Incidents
-from codistill.random_state import untouched_generators
 from codistill.workers import Workers, WorkersLost
 
 STORE_SECONDS = 60.0  # longest wait for the store before the first update
-
-
-@dataclass(frozen=True)
-class InUse:
-    """A peer's snapshot that predictions are compared with."""
-
-    proposal: Proposal
-    accepted: int  # own update at which it was taken up
-
-    def staleness(self, update: int) -> int:
-        """Own updates since it was taken up; a final snapshot never goes stale."""
-        return 0 if self.proposal.final else update - self.accepted
 
 
 class CheckpointExchange:
@@ -71,15 +56,15 @@ class CheckpointExchange:
             incidents: told of every refusal and fault.
         """
         self._config, self._workers, self._save_dir = config, workers, save_dir
-        self._state, self._build_peer, self._incidents = state, build_peer, incidents
+        self._state, self._incidents = state, incidents
         self._others = [peer for peer in range(config.peers) if peer != config.peer]
         self._store: Optional[RunStore] = None
         self._folder = Path(tempfile.gettempdir())
         self._template = Template({}, config.dtype)
         self._publisher: Optional[Publisher] = None
         self._fetcher: Optional[Fetcher] = None
-        self._modules: dict[int, nn.Module] = {}
-        self._in_use: dict[int, InUse] = {}
+        self._modules = PeerModules(build_peer, config.staleness_bound, incidents)
+        self._before: dict[int, InUse] = {}  # what a checkpoint says was in use
         self._pending: dict[int, Proposal] = {}
         self._opened: dict[int, dict[str, Tensor]] = {}
         self._over = False
@@ -136,23 +121,12 @@ class CheckpointExchange:
         self._take_up(update, patient=self._config.sync)
 
     def predictions(self, forward: Callable[[nn.Module], Tensor], update: int) -> list[Tensor]:
-        """Run `forward`, without autograd, on every peer that is not too stale; in the order of their numbers.
-
-        A peer whose module fails (no memory for it, say) is left out until it sends something new.
-        """
-        found = []
-        for peer in sorted(self.in_use(update)):
-            try:
-                with torch.no_grad():
-                    found.append(forward(self._modules[peer]))
-            except Exception as error:
-                self._leave_out(peer, error)
-        return found
+        """What `forward` gives, without autograd, for every peer in use, in the order of their numbers."""
+        return list(self._modules.predictions(forward, update))
 
     def in_use(self, update: int) -> dict[int, InUse]:
         """The peers whose snapshots are not too stale at `update`."""
-        bound = self._config.staleness_bound
-        return {peer: used for peer, used in self._in_use.items() if used.staleness(update) <= bound}
+        return self._modules.in_use(update)
 
     def set_floor(self, update: int) -> None:
         """A checkpoint of `update` is on disk: that is where a restart would begin."""
@@ -174,24 +148,11 @@ class CheckpointExchange:
 
     def state_dict(self) -> dict[str, Any]:
         """What is in use, in plain types."""
-        return {
-            str(peer): {
-                "incarnation": used.proposal.reference.incarnation,
-                "update": used.proposal.reference.update,
-                "sequence": used.proposal.reference.sequence,
-                "sha256": used.proposal.sha256,
-                "final": used.proposal.final,
-                "accepted": used.accepted,
-            }
-            for peer, used in self._in_use.items()
-        }
+        return self._modules.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Remember what was in use; `start` fetches it again."""
-        for name, used in state.items():
-            reference = Reference(int(used["incarnation"]), int(used["update"]), int(used["sequence"]))
-            proposal = Proposal(int(name), reference, str(used["sha256"]), bool(used["final"]))
-            self._in_use[int(name)] = InUse(proposal, int(used["accepted"]))
+        self._before = held_before(state)
 
     def finish(self, update: int, epoch: int, metrics: Mapping[str, float]) -> None:
         """Training ended normally: publish the final snapshot, waiting at most `timeout` seconds."""
@@ -304,7 +265,7 @@ class CheckpointExchange:
 
     def _take_up_again(self, update: int) -> None:
         """After a resume: fetch exactly what was in use; then look for what is new."""
-        before, self._in_use = self._in_use, {}
+        before = self._before
         if before and self._guide is not None:
             for peer, used in before.items():
                 self._guide.remember(peer, used.proposal.reference)
@@ -312,9 +273,10 @@ class CheckpointExchange:
             self._guide.wait(min(STORE_SECONDS, self._config.timeout))
         if before:
             self._take_up(update, patient=True)
-        self._in_use = {p: InUse(used.proposal, before[p].accepted) for p, used in self._in_use.items()}
-        for peer in sorted(before.keys() - self._in_use.keys()):
-            self._miss(peer, before[peer].proposal.reference.update, update)
+        self._modules.date_back(before)
+        for peer in sorted(before):
+            if self._modules.held(peer) is None:
+                self._miss(peer, before[peer].proposal.reference.update, update)
         if self._config.sync:
             self._require_next(update)
         if self._guide is not None and not self._config.sync:
@@ -374,7 +336,7 @@ class CheckpointExchange:
                 return
             for peer, (proposal, answer) in agreed.items():
                 if answer is Readiness.READY:
-                    self._swap(proposal, update)
+                    self._modules.swap(proposal, self._opened[peer], update)
                 if answer is not Readiness.PENDING:
                     self._pending.pop(peer, None)
                     if self._guide is not None and not self._config.sync:
@@ -392,7 +354,7 @@ class CheckpointExchange:
             return
         for peer in self._others:
             manifest = self._guide.found(peer)
-            used = self._in_use.get(peer)
+            used = self._modules.held(peer)
             proposal = None if manifest is None else Proposal.of(manifest)
             if proposal is not None and (used is None or used.proposal != proposal):
                 self._pending.setdefault(peer, proposal)
@@ -412,19 +374,3 @@ class CheckpointExchange:
             return Readiness.PENDING
         self._fetcher.wish(proposal.peer, Wish(reference=proposal.reference))
         return Readiness.REFUSED if self._fetcher.hopeless(proposal.peer) else Readiness.PENDING
-
-    def _swap(self, proposal: Proposal, update: int) -> None:
-        peer = proposal.peer
-        try:
-            if peer not in self._modules:
-                with untouched_generators():
-                    self._modules[peer] = self._build_peer().eval().requires_grad_(False)
-            load(self._modules[peer].state_dict(), self._opened[peer])
-        except Exception as error:  # no room for its module, say: go on without
-            self._leave_out(peer, error)
-            return
-        self._in_use[peer] = InUse(proposal, update)
-
-    def _leave_out(self, peer: int, error: Exception) -> None:
-        self._in_use.pop(peer, None)
-        self._incidents.report("internal", f"peer {peer}: {type(error).__name__}: {error}", about=str(peer))

@@ -323,7 +323,7 @@ def test_a_peer_whose_outputs_are_not_finite_is_left_out_and_counted(peers):
 def test_a_peer_whose_module_fails_is_left_out_until_it_sends_something_new(peers, caplog):
     first, second = pair(peers)
     both_in_use(first, second)
-    module = first.codistiller._exchange._modules[1]
+    module = first.codistiller._exchange._modules._modules[1]
     failing = module.register_forward_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("on purpose")))
     first.step()
     assert first.causes() == {"internal": 1}

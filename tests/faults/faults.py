@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codistill.exchange import checkpoints, publisher
+from codistill.exchange import peer_modules, publisher
 from codistill.exchange.errors import StorageError
 from codistill.exchange.objects import Objects
 from codistill.exchange.snapshot import HostBuffer, Template
@@ -278,7 +278,7 @@ _STEPS: tuple[tuple[Any, str, Callable[..., str | None]], ...] = (
     (Template, "open", _open),
     (Workers, "share", _meet),
     (Workers, "minimum", _meet),
-    (checkpoints, "load", lambda *args: "swap"),
+    (peer_modules, "load", lambda *args: "swap"),
 )
 
 

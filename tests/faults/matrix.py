@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 import traceback
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from typing import Any
 
 from tests.faults.faults import KINDS, PUBLISHING
 from tests.faults.tiny_peer import PeerProcesses, Plan, Starter, wait_for
-from tests.fixtures_store import CREDENTIALS, S3Server
+from tests.fixtures_store import S3Server
 
 SECONDS = 40.0  # until a peer that has not recovered gives up
 AT_ONCE = 2
@@ -146,10 +145,7 @@ class Places:
         """The dir for the peers, and the environment with which they reach it."""
         if store == "folder":
             return str(folder / "store"), {}
-        bucket = f"bucket-{uuid.uuid4().hex}"
-        self._server.client().create_bucket(Bucket=bucket)
-        environment = {"AWS_ENDPOINT_URL": self._server.url, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1"}
-        return f"s3://{bucket}/run", {**environment, **CREDENTIALS, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        return f"s3://{self._server.bucket()}/run", self._server.environment()
 
     def payloads(self, url: str) -> list[str]:
         """Every payload on the store."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from codistill.exchange import checkpoints, publisher
+from codistill.exchange import peer_modules, publisher
 from codistill.exchange.errors import StorageError
 from codistill.exchange.objects import Objects
 from codistill.exchange.snapshot import HostBuffer, Template
@@ -52,7 +52,7 @@ def test_the_call_that_is_named_fails_and_no_other_and_the_log_says_so(faults, f
 
 def test_what_was_wrapped_is_the_products_own_again_afterwards(tmp_path):
     owners = [(Objects, "get"), (Objects, "create"), (HostBuffer, "fill"), (Template, "open"), (Workers, "share")]
-    owners += [(publisher, "digest"), (checkpoints, "load")]
+    owners += [(publisher, "digest"), (peer_modules, "load")]
     before = [getattr(owner, name) for owner, name in owners]
     with Faults(tmp_path / "faults"):
         assert all(getattr(owner, name) is not one for (owner, name), one in zip(owners, before, strict=True))
@@ -232,7 +232,7 @@ def test_verifying_mapping_and_swapping_are_told_apart(faults, tmp_path):
         steps = {
             "verify": lambda: template.open(path),
             "map": lambda: template.open(path, verified=True),
-            "swap": lambda: checkpoints.load(state, buffer.tensors()),
+            "swap": lambda: peer_modules.load(state, buffer.tensors()),
         }
         steps[point]()
         with pytest.raises(error, match="on purpose"):

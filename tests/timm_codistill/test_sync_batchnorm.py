@@ -71,7 +71,7 @@ if rank == 0:  # alone: with a collective in it, it would wait for the other one
     seen = []
     task._codistiller.penalty(output, lambda peer: seen.append(peer(images)) or seen[-1])
     answer["predicted"] = seen[0].tolist()
-    answer["kinds"] = [type(module).__name__ for module in task._codistiller._exchange._modules[1].modules()]
+    answer["kinds"] = [type(module).__name__ for module in task._codistiller._exchange._modules._modules[1].modules()]
 dist.barrier()
 answer["incidents"] = task.metrics()["codistill_incidents"]
 task.close()

@@ -1,0 +1,112 @@
+"""The other peers as modules of our own, each holding the weights of its last accepted snapshot.
+
+A module is built when its peer's first snapshot comes, runs in eval mode without autograd, and draws no random number.
+A peer that cannot be built, loaded or run is left out until it sends something new: an incident, never an exception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from codistill.exchange.manifest import Reference
+from codistill.exchange.meeting import Proposal
+from codistill.exchange.snapshot import load
+from codistill.meters import Incidents
+from codistill.random_state import untouched_generators
+
+
+@dataclass(frozen=True)
+class InUse:
+    """A peer's snapshot that predictions are compared with."""
+
+    proposal: Proposal
+    accepted: int  # own update at which it was taken up
+
+    def staleness(self, update: int) -> int:
+        """Own updates since it was taken up; a final snapshot never goes stale."""
+        return 0 if self.proposal.final else update - self.accepted
+
+
+class PeerModules:
+    """Which snapshots are in use, and the modules that hold them."""
+
+    def __init__(self, build: Callable[[], nn.Module], staleness_bound: int, incidents: Incidents) -> None:
+        """Nothing is built yet.
+
+        Args:
+            build: gives a module like ours, in the run's device, precision and memory format.
+            staleness_bound: own updates after which a snapshot is no longer used.
+            incidents: told of every peer that fails.
+        """
+        self._build, self._bound, self._incidents = build, staleness_bound, incidents
+        self._modules: dict[int, nn.Module] = {}
+        self._held: dict[int, InUse] = {}
+
+    def held(self, peer: int) -> Optional[InUse]:
+        """What the peer's module holds, however stale."""
+        return self._held.get(peer)
+
+    def in_use(self, update: int) -> dict[int, InUse]:
+        """The peers whose snapshots are not too stale at `update`."""
+        return {peer: used for peer, used in self._held.items() if used.staleness(update) <= self._bound}
+
+    def predictions(self, forward: Callable[[nn.Module], Tensor], update: int) -> Iterator[Tensor]:
+        """What `forward` gives, without autograd, for every peer in use at `update`, in the order of their numbers."""
+        for peer in sorted(self.in_use(update)):
+            try:
+                with torch.no_grad():
+                    found = forward(self._modules[peer])
+            except Exception as error:  # no memory for it, say
+                self._leave_out(peer, error)
+            else:
+                yield found
+
+    def swap(self, proposal: Proposal, tensors: Mapping[str, Tensor], update: int) -> None:
+        """Put a verified snapshot's tensors into the peer's module, between two updates."""
+        peer = proposal.peer
+        try:
+            if peer not in self._modules:
+                with untouched_generators():
+                    self._modules[peer] = self._build().eval().requires_grad_(False)
+            load(self._modules[peer].state_dict(), tensors)
+        except Exception as error:  # a module that is half loaded is not used
+            self._leave_out(peer, error)
+            return
+        self._held[peer] = InUse(proposal, update)
+
+    def date_back(self, before: Mapping[int, InUse]) -> None:
+        """After a resume: what was taken up again counts from when it was first taken up."""
+        self._held = {peer: InUse(used.proposal, before[peer].accepted) for peer, used in self._held.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is held, in plain types."""
+        return {
+            str(peer): {
+                "incarnation": used.proposal.reference.incarnation,
+                "update": used.proposal.reference.update,
+                "sequence": used.proposal.reference.sequence,
+                "sha256": used.proposal.sha256,
+                "final": used.proposal.final,
+                "accepted": used.accepted,
+            }
+            for peer, used in self._held.items()
+        }
+
+    def _leave_out(self, peer: int, error: Exception) -> None:
+        self._held.pop(peer, None)
+        self._incidents.report("internal", f"peer {peer}: {type(error).__name__}: {error}", about=str(peer))
+
+
+def held_before(state: Mapping[str, Any]) -> dict[int, InUse]:
+    """By peer, what `PeerModules.state_dict` said was held."""
+    found = {}
+    for name, used in state.items():
+        reference = Reference(int(used["incarnation"]), int(used["update"]), int(used["sequence"]))
+        proposal = Proposal(int(name), reference, str(used["sha256"]), bool(used["final"]))
+        found[int(name)] = InUse(proposal, int(used["accepted"]))
+    return found
