@@ -264,24 +264,40 @@ class CheckpointExchange:
         self._fetcher.start()
 
     def _take_up_again(self, update: int) -> None:
-        """After a resume: fetch exactly what was in use; then look for what is new."""
+        """After a resume: fetch exactly what was in use; without sync the newest in place of what is gone."""
         before = self._before
-        if before and self._guide is not None:
-            for peer, used in before.items():
-                self._guide.remember(peer, used.proposal.reference)
-                self._guide.wish(peer, Wish(reference=used.proposal.reference))
-            self._guide.wait(min(STORE_SECONDS, self._config.timeout))
         if before:
-            self._take_up(update, patient=True)
-        self._modules.date_back(before)
-        for peer in sorted(before):
-            if self._modules.held(peer) is None:
-                self._miss(peer, before[peer].proposal.reference.update, update)
+            self._fetch_now({peer: Wish(reference=used.proposal.reference) for peer, used in before.items()}, update)
+            self._modules.date_back(before)
+            if not self._config.sync and self._any_lacking():
+                self._fetch_now(dict.fromkeys(self._lacking(), NEWEST), update)
+        for peer in self._lacking():
+            self._miss(peer, before[peer].proposal.reference.update, update)
         if self._config.sync:
             self._require_next(update)
         if self._guide is not None and not self._config.sync:
             for peer in self._others:
                 self._guide.wish(peer, NEWEST)
+
+    def _fetch_now(self, wishes: Mapping[int, Wish], update: int) -> None:
+        """Take up what is wished for, waiting for it, but not for ever."""
+        if self._over:
+            return
+        if self._guide is not None:
+            for peer, wish in wishes.items():
+                self._guide.remember(peer, self._before[peer].proposal.reference)
+                self._guide.wish(peer, wish)
+            self._guide.wait(min(STORE_SECONDS, self._config.timeout))
+        self._take_up(update, patient=True)
+
+    def _lacking(self) -> list[int]:
+        """The peers that a checkpoint says were in use and that are not."""
+        return [peer for peer in sorted(self._before) if self._modules.held(peer) is None]
+
+    def _any_lacking(self) -> bool:
+        """Whether worker 0 lacks any: the others must know before they meet again."""
+        [lacking] = self._workers.share([bool(self._lacking())])
+        return bool(lacking)
 
     def _require_next(self, update: int) -> None:
         """Sync mode: a peer that is past our next boundary must still have the snapshot it published there."""

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import threading
 
@@ -226,7 +227,7 @@ def test_a_resumed_peer_takes_up_exactly_what_was_in_use(peers):
     until(lambda: taken_up(again) > state["in_use"]["1"]["update"] or again.step())
 
 
-def test_a_resumed_peer_goes_on_when_what_was_in_use_is_gone(peers):
+def test_a_resumed_peer_takes_up_the_newest_at_once_when_what_was_in_use_is_gone(peers):
     first, second = pair(peers)
     both_in_use(first, second)
     used = taken_up(first)
@@ -235,9 +236,24 @@ def test_a_resumed_peer_goes_on_when_what_was_in_use_is_gone(peers):
         second.step(2)
         until(lambda: not second.codistiller._exchange._publisher._job)
     again = resume(peers, first)
-    again.step_until(lambda: again.codistiller.active)
+    while again.update % 2 == 0:  # a boundary would look for what is newer
+        again.update += 1
+    again.codistiller.begin_update(again.update, epoch=1)
+    assert again.codistiller.active
     assert taken_up(again) > used
+    assert again.causes() == {}
+
+
+def test_a_resumed_peer_goes_on_without_a_peer_of_which_nothing_is_left(peers):
+    first, second = pair(peers)
+    both_in_use(first, second)
+    for peer in (first, second):
+        peer.codistiller.close()
+    shutil.rmtree(first.save_dir.parent / "store" / RUN / "peers" / "1")
+    again = resume(peers, first, timeout=0.5)
+    again.step(3)
     assert again.causes() == {"gone": 1}
+    assert not again.codistiller.active
 
 
 def test_a_checkpoint_taken_to_another_run_leaves_the_old_runs_peers_behind(peers):
