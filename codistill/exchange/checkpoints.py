@@ -7,6 +7,7 @@ are too stale, and training goes on.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 import time
@@ -17,7 +18,7 @@ from typing import Any, Optional
 from torch import Tensor, nn
 
 from codistill.config import CodistillConfig, ConfigError, flag
-from codistill.exchange.errors import ExchangeError, StorageError
+from codistill.exchange.errors import ExchangeError, Refused, StorageError
 from codistill.exchange.fetcher import HURRIED_SECONDS, NEWEST, Fetcher, Wish, snapshot_file
 from codistill.exchange.meeting import Proposal, Readiness, meet
 from codistill.exchange.membership import Identity, Membership, owner_token
@@ -168,11 +169,7 @@ class CheckpointExchange:
             self._publisher.flush(seconds)
 
     def close(self, seconds: Optional[float] = None) -> None:
-        """Stop the threads and remove this machine's files.
-
-        Args:
-            seconds: what an attempt to store a snapshot is given to end; `timeout` if None.
-        """
+        """Stop the threads, giving an attempt to store `seconds` (`timeout` if None), and remove our files."""
         self._close(self._config.timeout if seconds is None else seconds, ended=False)
 
     def end_without_workers(self, error: WorkersLost) -> None:
@@ -352,7 +349,7 @@ class CheckpointExchange:
                 return
             for peer, (proposal, answer) in agreed.items():
                 if answer is Readiness.READY:
-                    self._modules.swap(proposal, self._opened[peer], update)
+                    self._swap(proposal, update)
                 if answer is not Readiness.PENDING:
                     self._pending.pop(peer, None)
                     if self._guide is not None and not self._config.sync:
@@ -390,3 +387,12 @@ class CheckpointExchange:
             return Readiness.PENDING
         self._fetcher.wish(proposal.peer, Wish(reference=proposal.reference))
         return Readiness.REFUSED if self._fetcher.hopeless(proposal.peer) else Readiness.PENDING
+
+    def _swap(self, proposal: Proposal, update: int) -> None:
+        """Take up a snapshot that is open; should that fail, go back to the one before, whose file is still here."""
+        before = self._modules.held(proposal.peer)
+        if self._modules.swap(proposal, self._opened[proposal.peer], update) or before is None:
+            return
+        with contextlib.suppress(OSError, RuntimeError, Refused):
+            tensors = self._template.open(snapshot_file(self._folder, before.proposal.sha256), verified=True)
+            self._modules.swap(before.proposal, tensors, before.accepted)

@@ -66,18 +66,23 @@ class PeerModules:
             else:
                 yield found
 
-    def swap(self, proposal: Proposal, tensors: Mapping[str, Tensor], update: int) -> None:
-        """Put a verified snapshot's tensors into the peer's module, between two updates."""
+    def swap(self, proposal: Proposal, tensors: Mapping[str, Tensor], update: int) -> bool:
+        """Put a verified snapshot's tensors into the peer's module, between two updates.
+
+        Returns:
+            False when that failed; the peer is left out then, since its module may be half loaded.
+        """
         peer = proposal.peer
         try:
             if peer not in self._modules:
                 with untouched_generators():
                     self._modules[peer] = self._build().eval().requires_grad_(False)
             load(self._modules[peer].state_dict(), tensors)
-        except Exception as error:  # a module that is half loaded is not used
+        except Exception as error:
             self._leave_out(peer, error)
-            return
+            return False
         self._held[peer] = InUse(proposal, update)
+        return True
 
     def date_back(self, before: Mapping[int, InUse]) -> None:
         """After a resume: what was taken up again counts from when it was first taken up."""

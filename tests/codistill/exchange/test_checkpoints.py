@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from codistill import ConfigError
+from codistill.exchange import peer_modules
 from codistill.exchange.objects import Objects
 from codistill.exchange.store import RunStore
 from tests.fixtures_peers import RUN, Writer, data_parallel, peers, quick_exchange, until  # noqa: F401
@@ -192,6 +193,31 @@ def test_a_module_that_cannot_be_built_leaves_that_peer_out(peers):
     assert set(first.causes()) == {"internal"}
     assert not first.codistiller.active
     assert first.metrics()["peers"] == 0
+
+
+def test_a_swap_that_fails_half_way_goes_back_to_the_last_good_snapshot(peers, monkeypatch):
+    first, second = peers(0), peers(1)
+    first.step_until(lambda: second.step() or first.codistiller.active)
+    before = first.codistiller.state_dict()["in_use"]["1"]
+    module = first.codistiller._exchange._modules._modules[1]
+    weights = {name: value.clone() for name, value in module.state_dict().items()}
+    whole, failed, first_weight = peer_modules.load, [], next(iter(module.state_dict().values()))
+
+    def half_way(state, tensors):
+        touched = next(iter(state.values()))
+        if not failed and touched.data_ptr() == first_weight.data_ptr():
+            failed.append(True)
+            touched.fill_(7.0)
+            raise RuntimeError("on purpose")
+        whole(state, tensors)
+
+    monkeypatch.setattr(peer_modules, "load", half_way)
+    first.step_until(lambda: second.step() or failed)
+    assert first.causes() == {"internal": 1}
+    assert first.codistiller.state_dict()["in_use"]["1"] == before
+    assert all(torch.equal(value, weights[name]) for name, value in module.state_dict().items())
+    first.step_until(lambda: second.step() or first.codistiller.state_dict()["in_use"]["1"] != before)
+    assert first.causes() == {"internal": 1}
 
 
 def test_a_snapshot_that_cannot_be_read_on_this_machine_is_left_out(peers):
