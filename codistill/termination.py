@@ -2,8 +2,9 @@
 
 The signal only leaves a note; the training thread reads it between two updates. The handler that was there before is
 called at once. Where there was none, the process still ends by SIGTERM, after the training thread's next update but no
-later than `GRACE_SECONDS`, or at once by a second SIGTERM. Processes forked from this one keep the handler that was
-there.
+later than `GRACE_SECONDS`, unless that thread hangs inside a library: Python then hears of no signal but SIGKILL. A
+second SIGTERM changes nothing, since launcher and scheduler may both send one. Processes forked from this one keep the
+handler that was there.
 """
 
 from __future__ import annotations
@@ -66,15 +67,15 @@ class Termination:
             self._end()
 
     def _note(self, number: int, frame: Optional[FrameType]) -> None:
-        if os.getpid() != self._pid or (self.requested and self.deadly):
+        if os.getpid() != self._pid:
             self._end()
             return
-        if not self.requested:
-            self.requested = True
+        first, self.requested = not self.requested, True
+        if first:
             self._deadline = time.monotonic() + GRACE_SECONDS
         if callable(self._before):
             self._before(number, frame)
-        elif self.deadly:
+        elif self.deadly and first:
             timer = threading.Timer(GRACE_SECONDS, os._exit, (128 + number,))
             timer.daemon = True
             timer.start()

@@ -59,6 +59,8 @@ class CheckpointExchange:
         self._config, self._workers, self._save_dir = config, workers, save_dir
         self._state, self._incidents = state, incidents
         self._others = [peer for peer in range(config.peers) if peer != config.peer]
+        self._key: Optional[bytes] = None
+        self._token = ""
         self._store: Optional[RunStore] = None
         self._folder = Path(tempfile.gettempdir())
         self._template = Template({}, config.dtype)
@@ -89,20 +91,11 @@ class CheckpointExchange:
             ConfigError: the dir cannot be opened, the run has other terms, the number is taken, the signing key in the
                 environment is unusable, or a synchronous run cannot be resumed from here.
         """
-        try:
-            self._template = Template(self._state(), self._config.dtype)
-        except ValueError as error:
-            raise ConfigError(f"this model cannot be codistilled: {error}") from None
-        key = signing_key()
-        terms = {**terms, KEY: "set"} if key is not None else terms
-        token = owner_token(self._save_dir, self._config.peer) if self._workers.first else ""
-        [number] = self._workers.share([int(token[:15] or "0", 16)])
+        self._together(self._prepare)
+        [number] = self._workers.share([int(self._token[:15] or "0", 16)])
         self._folder = Path(tempfile.gettempdir()) / f"codistill-{number:015x}"
-        if self._workers.fetches:
-            self._store = RunStore(self._open(), self._config.run_id, key)
-        self._agree_to_join(lambda: self._join(token, identity, terms, update, on_buffer))
-        if self._workers.fetches:
-            self._start_fetcher(identity)
+        terms = {**terms, KEY: "set"} if self._key is not None else terms
+        self._together(lambda: self._enter(identity, terms, update, on_buffer))
         self._take_up_again(update)
 
     def boundary(self, update: int, epoch: int, metrics: Mapping[str, float]) -> None:
@@ -184,8 +177,9 @@ class CheckpointExchange:
         """Have our weights published, after what is being stored right now; the seconds that took, without storing."""
         assert self._publisher is not None
         began = time.monotonic()
-        self._publisher.wait_for_buffer(seconds)
-        self._publisher.publish(self._state(), update=update, epoch=epoch, metrics=metrics, final=final)
+        self._publisher.publish(
+            self._state(), update=update, epoch=epoch, metrics=metrics, final=final, patience=seconds
+        )
         return time.monotonic() - began
 
     def _close(self, seconds: float, *, ended: bool) -> None:
@@ -198,6 +192,29 @@ class CheckpointExchange:
             self._fetcher.close(seconds=1.0)
             shutil.rmtree(self._folder, ignore_errors=True)
 
+    def _together(self, action: Callable[[], None]) -> None:
+        """Do it on every worker; when one of them fails, all do."""
+        refusal: Optional[Exception] = None
+        try:
+            action()
+        except Exception as error:
+            refusal = error
+        [fine] = self._workers.minimum([refusal is None])
+        if not fine:
+            raise refusal or ConfigError("another worker of this peer could not join the run; its message says why")
+
+    def _prepare(self) -> None:
+        """What can go wrong on this worker alone."""
+        try:
+            self._template = Template(self._state(), self._config.dtype)
+        except ValueError as error:
+            raise ConfigError(f"this model cannot be codistilled: {error}") from None
+        self._key = signing_key()
+        if self._workers.first:
+            self._token = owner_token(self._save_dir, self._config.peer)
+        if self._workers.fetches:
+            self._store = RunStore(self._open(), self._config.run_id, self._key)
+
     def _open(self) -> Objects:
         try:
             return Objects(str(self._config.dir))
@@ -205,29 +222,26 @@ class CheckpointExchange:
             place = without_credentials(str(self._config.dir))
             raise ConfigError(f"{flag('dir')} {place}: cannot be opened: {error}") from None
 
-    def _agree_to_join(self, join: Callable[[], None]) -> None:
-        """Worker 0 joins; all workers end together if it cannot."""
-        refusal: Optional[ConfigError] = None
-        if self._workers.first:
-            try:
-                join()
-            except ConfigError as error:
-                refusal = error
-            except Exception as error:  # the other workers wait for an answer
-                self._incidents.report("internal", f"the run was not joined: {type(error).__name__}: {error}")
-        [joined] = self._workers.share([refusal is None])
-        if not joined:
-            raise refusal or ConfigError("worker 0 of this peer could not join the run; its message says why")
-
-    def _join(
+    def _enter(
         self,
-        token: str,
         identity: Identity,
         terms: Mapping[str, Any],
         update: int,
         on_buffer: Callable[[Mapping[str, Tensor]], None],
     ) -> None:
-        membership = Membership(self._reached_store, self._config.peer, token, terms, self._save_dir)
+        if self._workers.first:
+            self._join(identity, terms, update, on_buffer)
+        if self._workers.fetches:
+            self._start_fetcher(identity)
+
+    def _join(
+        self,
+        identity: Identity,
+        terms: Mapping[str, Any],
+        update: int,
+        on_buffer: Callable[[Mapping[str, Tensor]], None],
+    ) -> None:
+        membership = Membership(self._reached_store, self._config.peer, self._token, terms, self._save_dir)
         try:
             membership.join()
         except ExchangeError as error:  # the publisher tries again with every heartbeat

@@ -112,6 +112,8 @@ class Fetcher:
             self._wishes[peer] = wish
             self._found.pop(peer, None)
             self._hopeless.discard(peer)
+            self._pauses.pop(peer, None)  # the trouble was with something else
+            self._not_before.pop(peer, None)
             self._changed.notify_all()
 
     def remember(self, peer: int, reference: Reference) -> None:
@@ -174,9 +176,6 @@ class Fetcher:
             self._try_to_fulfil(peer, wish, fulfilled)
             self._pauses.pop(peer, None)
             return
-        except Refused as error:
-            self._give_up(peer, wish)
-            cause, message = error.cause, str(error)
         except ExchangeError as error:
             cause, message = error.cause, str(error)
         except OSError as error:
@@ -185,7 +184,9 @@ class Fetcher:
             cause, message = "internal", f"fetching failed: {type(error).__name__}: {error}"
         self._incidents.report(cause, f"peer {peer}: {message}", about=str(peer))
         pause = min(2 * self._pauses.get(peer, POLL_SECONDS / 2), PATIENCE * POLL_SECONDS)
-        self._pauses[peer], self._not_before[peer] = pause, time.monotonic() + pause
+        with self._changed:
+            if self._wishes.get(peer) == wish:
+                self._pauses[peer], self._not_before[peer] = pause, time.monotonic() + pause
 
     def _try_to_fulfil(self, peer: int, wish: Wish, fulfilled: bool) -> None:
         manifest = self._resolve(peer, wish, fulfilled)
@@ -202,6 +203,7 @@ class Fetcher:
                 self._fetch(peer, manifest)
         except Refused:
             self._refused.append(snapshot)
+            self._give_up(peer, wish)
             raise
         if wish == NEWEST:  # only now: one that is refused must not make the honest ones after it look old
             self.remember(peer, manifest.reference)
@@ -226,7 +228,11 @@ class Fetcher:
         return self._newer(peer, latest.manifest)
 
     def _exactly(self, peer: int, wish: Wish, reference: Reference) -> Optional[Manifest]:
-        manifest = self._store.manifest(peer, reference)
+        try:
+            manifest = self._store.manifest(peer, reference)
+        except Refused:  # written once: it will not get better, as latest.json does
+            self._give_up(peer, wish)
+            raise
         if manifest is None:
             self._give_up(peer, wish)
         return manifest

@@ -7,6 +7,7 @@ document that can be relied on, or raises `Refused`.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -113,7 +114,8 @@ class Manifest:
         plain: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         plain["format"] = FORMAT
         plain["metrics"] = {name: float(value) for name, value in self.metrics.items() if math.isfinite(value)}
-        plain["architecture"] = None if self.architecture is None else dict(self.architecture)
+        # As JSON has it: keys that are no texts would be sorted otherwise before the way through the store than after.
+        plain["architecture"] = None if self.architecture is None else json.loads(json.dumps(dict(self.architecture)))
         return plain
 
     @classmethod

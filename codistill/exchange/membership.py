@@ -109,7 +109,9 @@ class Membership:
                 f"{flag('peer')} {self._peer}: a running process with another save dir has this number; "
                 f"give each peer of the run its own {flag('peer')}"
             )
-        self.incarnation = self._store.claim(self._peer, self.token, above=self._remembered())
+        incarnation = self._store.claim(self._peer, self.token, above=self._remembered())
+        self.before = self._previous()  # again: a predecessor may have published until now
+        self.incarnation = incarnation
         with contextlib.suppress(OSError):  # it matters only should the store forget
             self._memory.write_text(f"{self.incarnation}\n", encoding="ascii")
 

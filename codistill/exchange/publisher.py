@@ -20,7 +20,7 @@ from typing import Any, Optional
 from torch import Tensor
 
 from codistill.config import CodistillConfig, ConfigError
-from codistill.exchange.errors import ExchangeError, StorageError
+from codistill.exchange.errors import ExchangeError, Refused, StorageError
 from codistill.exchange.manifest import RETAINED, Latest, Manifest, Reference
 from codistill.exchange.membership import HEARTBEAT_SECONDS, Identity, Membership
 from codistill.exchange.snapshot import HostBuffer
@@ -111,17 +111,36 @@ class Publisher:
             self._threads.append(thread)
 
     def publish(
-        self, state: Mapping[str, Tensor], *, update: int, epoch: int, metrics: Mapping[str, float], final: bool = False
+        self,
+        state: Mapping[str, Tensor],
+        *,
+        update: int,
+        epoch: int,
+        metrics: Mapping[str, float],
+        final: bool = False,
+        patience: float = 0.0,
     ) -> bool:
-        """Copy `state` and have it published; returns at once.
+        """Copy `state` and have it published.
+
+        Args:
+            state: our weights.
+            update: updates done so far.
+            epoch: the host's epoch.
+            metrics: numbers for the manifest.
+            final: training has ended with these weights.
+            patience: seconds to wait for a publication that is being stored right now.
 
         Returns:
-            False when the last publication is being stored right now, or the copy failed: this one is skipped.
+            False when there still was one, or the copy failed: this one is skipped.
         """
         with self._changed:
-            if self._storing or self._stopping.is_set():
+            if not self._changed.wait_for(lambda: not self._storing, patience) or self._stopping.is_set():
                 self.skipped += 1
                 return False
+            if self._job is not None and self._job.update == update:  # the same weights wait for another attempt
+                self._job.final |= final
+                self._changed.notify_all()
+                return True
             self._job = None  # one that waits for its next attempt makes room for newer weights
         try:
             if self._buffer is None:
@@ -141,11 +160,6 @@ class Publisher:
         """Wait until everything is stored or given up; False if it took longer than `seconds`."""
         with self._changed:
             return self._changed.wait_for(lambda: self._job is None, seconds)
-
-    def wait_for_buffer(self, seconds: float) -> bool:
-        """Wait until no attempt to store something is under way; False if it took longer than `seconds`."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._storing, seconds)
 
     def set_floor(self, update: int) -> None:
         """From now on this peer can restart from `update`; told to the others with the next heartbeat."""
@@ -192,7 +206,7 @@ class Publisher:
                     break
                 self._storing = True
             pause = min(2 * pause, RETRY_SECONDS_MOST)
-        if not settled and job.manifest is not None:
+        if not settled and job.manifest is not None and not self._names(job.manifest.reference):
             self._abandoned.append(job.manifest)
         with self._changed:
             if self._job is job:
@@ -279,27 +293,36 @@ class Publisher:
 
     def _store_snapshot(self, job: _Job) -> None:
         latest = self._joined()
-        retained, newest = latest.retained, latest.manifest
+        newest = latest.manifest
         if self._retired or self._buffer is None:
             return
-        if newest and (newest.incarnation, newest.update) == (latest.incarnation, job.update):
-            if job.final:  # the weights are on the store already, under a name that is used once
-                self._overwrite(manifest=replace(newest, final=True))
-            return
-        payload = self._buffer.view()
-        if job.manifest is None:
-            self._on_buffer(self._buffer.tensors())
-            job.manifest = self._describe(job, payload)
+        if newest is None or (newest.incarnation, newest.update) != (latest.incarnation, job.update):
+            newest = self._put(job, self._buffer)
+        self._overwrite(manifest=replace(newest, final=newest.final or job.final))
+        if not self._retired:  # else what we would delete is not ours any more
+            self._attempt(self._clean_up)
+
+    def _put(self, job: _Job, buffer: HostBuffer) -> Manifest:
+        """Store the buffer and make it what our next word names."""
+        payload = buffer.view()
+        manifest = job.manifest
+        if manifest is None:
+            self._on_buffer(buffer.tensors())
+            manifest = self._describe(job, payload)
             if self._config.sync:
-                self._compare_with_earlier(retained, job.update, job.manifest.sha256)
-        self._store.put_snapshot(job.manifest, payload)
-        kept, dropped = self._split((*retained, job.manifest.reference))
-        self._overwrite(manifest=job.manifest, retained=kept)
-        if self._retired:  # what we would delete is not ours any more
-            return
+                self._compare_with_earlier(self._joined().retained, job.update, manifest.sha256)
+            job.manifest = manifest
+        self._store.put_snapshot(manifest, payload)
+        with self._lock:  # from here on every heartbeat names it: whether the store took the first such word or not
+            latest = self._joined()
+            kept, dropped = self._split((*latest.retained, manifest.reference))
+            self._latest = replace(latest, manifest=manifest, retained=kept)
+            self._dropped += dropped
         self.sent += len(payload)
-        self._dropped += dropped
-        self._attempt(self._clean_up)
+        return manifest
+
+    def _names(self, reference: Reference) -> bool:
+        return self._latest is not None and reference in self._latest.retained
 
     def _clean_up(self) -> None:
         """Delete what nobody needs; what the store does not delete now waits for the next time."""
@@ -346,7 +369,11 @@ class Publisher:
         """In sync mode a restarted peer must come to the same weights again."""
         for reference in retained:
             if reference.update == update:
-                earlier = self._store.manifest(self._config.peer, reference)
+                try:
+                    earlier = self._store.manifest(self._config.peer, reference)
+                except Refused as error:  # spoilt: nothing to compare with, and no reason to keep ours back
+                    self._incidents.report(error.cause, str(error))
+                    continue
                 if earlier is not None and earlier.sha256 != digest:
                     self._incidents.report(
                         "not-reproduced",

@@ -60,6 +60,21 @@ codistiller.close()
 answer["left"] = [str(path) for path in Path(tempfile.gettempdir()).iterdir()]
 """
 
+ALONE = """
+from pathlib import Path
+import torch
+from codistill import CodistillConfig, Codistiller, ConfigError
+
+model = torch.nn.Linear(3, 2)
+config = CodistillConfig(dir=FOLDER + "/store", run_id="run", interval=2, timeout=5.0)
+codistiller = Codistiller(config, model=model, build_peer=lambda: torch.nn.Linear(3, 2), fingerprint="f" * 64,
+                          save_dir=Path(FOLDER))
+try:
+    codistiller.begin_update(0, 1)
+except ConfigError as error:
+    answer["line"] = str(error)
+"""
+
 LOST = """
 import time
 from pathlib import Path
@@ -193,6 +208,13 @@ def test_a_module_that_cannot_be_built_leaves_that_peer_out(peers):
     assert set(first.causes()) == {"internal"}
     assert not first.codistiller.active
     assert first.metrics()["peers"] == 0
+
+
+def test_what_one_worker_alone_cannot_do_ends_all_workers_with_a_line(tmp_path):
+    code = f"FOLDER = {str(tmp_path)!r}\n{ALONE}"
+    first, second = data_parallel(tmp_path, code, environments=[{}, {"CODISTILL_KEY": "short"}])
+    assert first["line"] == "another worker of this peer could not join the run; its message says why"
+    assert second["line"].startswith("CODISTILL_KEY: a key of 5 bytes; ")
 
 
 def test_a_swap_that_fails_half_way_goes_back_to_the_last_good_snapshot(peers, monkeypatch):

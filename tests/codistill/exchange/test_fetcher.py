@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from codistill.exchange import fetcher as fetcher_module
 from codistill.exchange.fetcher import FILES_PER_PEER, NEWEST, Fetcher, Wish, snapshot_file
 from codistill.exchange.manifest import Reference
 from codistill.exchange.snapshot import Template
@@ -384,3 +385,25 @@ def test_nobody_waits_twice_for_a_snapshot_that_was_refused(fetcher, writer, inc
     assert time.monotonic() - began < 4
     assert fetcher.hopeless(1)
     assert incidents.counts == {"init": 1}
+
+
+def test_a_spoilt_latest_makes_no_wish_hopeless_since_its_owner_writes_it_anew(fetcher, writer, failing_objects):
+    manifest = writer.snapshot(weights(1), 10)
+    failing_objects.put(f"{RUN}/peers/1/latest.json", b"spoilt")
+    fetcher.wish(1, Wish(update=10))
+    look_again(failing_objects)
+    assert not fetcher.hopeless(1)
+    writer.announce(manifest)
+    fetcher.wait(20)
+    assert fetcher.found(1) == manifest
+
+
+def test_trouble_with_one_wish_does_not_hold_up_the_next(fetcher, writer, monkeypatch):
+    monkeypatch.setattr(fetcher_module, "POLL_SECONDS", 20.0)  # and so is the pause after trouble
+    for update in (10, 20, 30):
+        bad = {"a": torch.full((3, 4), math.nan)} if update < 30 else {}
+        writer.publish(weights(update, **bad), update)
+        fetcher.wish(1, Wish(update=update))
+        fetcher.wait(15)
+        assert fetcher.hopeless(1) == bool(bad)
+    assert fetcher.found(1).update == 30

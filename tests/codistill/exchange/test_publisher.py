@@ -248,7 +248,7 @@ def test_a_publication_that_waits_for_its_next_attempt_makes_room_for_newer_weig
     objects.fail_at("create", 2)  # the manifest: its payload is on the store by then
     assert publisher.publish(weights(2), update=2, epoch=1, metrics={})
     until(lambda: objects.fired)
-    assert publisher.wait_for_buffer(20)
+    until(lambda: not publisher._storing)
     assert not publisher.flush(0.01)
     publish(publisher, 4)
     assert (publisher.skipped, retained(objects)) == (0, [4])
@@ -278,6 +278,58 @@ def test_the_last_snapshot_of_an_ended_training_is_tried_again(publishers, objec
     publisher.close(60, ended=True)
     assert objects.fired == ["create"] * 2
     assert (latest(objects).manifest.final, latest(objects).closed) == (True, True)
+
+
+def test_a_word_of_which_the_answer_was_lost_is_never_taken_back(publishers, objects):
+    publisher = publishers(objects)
+    publish(publisher, 2)
+    seen = []
+    put = objects.inner.put
+    objects.inner.put = lambda key, data: (put(key, data), seen.append(latest(objects).manifest.update))
+    objects.fail_at("put", answer_lost=True)
+    publish(publisher, 4)
+    until(lambda: len(seen) > 10)  # heartbeats
+    assert objects.fired == ["put"]
+    assert seen == sorted(seen)
+    assert retained(objects) == [2, 4]
+
+
+def test_weights_of_an_update_that_waits_for_its_next_attempt_are_published_once_and_as_final(
+    publishers, objects, monkeypatch
+):
+    monkeypatch.setattr(publisher_module, "RETRY_SECONDS", 0.3)
+    publisher = publishers(objects)
+    until(lambda: latest(objects))
+    objects.fail_at("create", 2)  # the manifest
+    assert publisher.publish(weights(2), update=2, epoch=1, metrics={})
+    until(lambda: objects.fired and not publisher._storing)
+    publish(publisher, 2, seed=9, final=True)
+    assert (latest(objects).manifest.final, retained(objects)) == (True, [2])
+    assert RunStore(objects, RUN).manifest(0, latest(objects).manifest.reference) is not None
+
+
+def test_the_last_snapshot_waits_for_one_that_is_being_stored(publishers, objects):
+    publisher = publishers(objects)
+    until(lambda: latest(objects))
+    held_back(objects, publisher)
+    opening = threading.Timer(0.2, objects.gate.clear)
+    opening.start()
+    assert publisher.publish(weights(4), update=4, epoch=1, metrics={}, final=True, patience=20)
+    opening.join()
+    assert publisher.flush(20)
+    assert (latest(objects).manifest.update, publisher.skipped) == (4, 0)
+
+
+def test_a_spoilt_manifest_of_an_earlier_start_does_not_keep_ours_back(publishers, objects):
+    first = publishers(objects, sync=True)
+    publish(first, 2)
+    first.close(5, ended=False)
+    objects.inner.put(f"{RUN}/peers/0/1/2.json", b"rubbish")
+    incidents = Incidents(fatal=False)
+    second = publishers(objects, sync=True, incidents=incidents)
+    publish(second, 2)
+    assert latest(objects).manifest.incarnation == 2
+    assert incidents.counts == {"format": 1}
 
 
 def test_what_a_killed_predecessor_left_half_written_is_swept_and_what_is_in_use_kept(publishers, objects):
