@@ -94,8 +94,15 @@ class CheckpointExchange:
         self._together(self._prepare)
         [number] = self._workers.share([int(self._token[:15] or "0", 16)])
         self._folder = Path(tempfile.gettempdir()) / f"codistill-{number:015x}"
-        terms = {**terms, KEY: "set"} if self._key is not None else terms
-        self._together(lambda: self._enter(identity, terms, update, on_buffer))
+        agreed = {**terms, KEY: "set"} if self._key is not None else terms
+
+        def enter() -> None:
+            if self._workers.first:
+                self._join(identity, agreed, update, on_buffer)
+            if self._workers.fetches:
+                self._start_fetcher(identity)
+
+        self._together(enter)
         self._take_up_again(update)
 
     def boundary(self, update: int, epoch: int, metrics: Mapping[str, float]) -> None:
@@ -221,18 +228,6 @@ class CheckpointExchange:
         except StorageError as error:
             place = without_credentials(str(self._config.dir))
             raise ConfigError(f"{flag('dir')} {place}: cannot be opened: {error}") from None
-
-    def _enter(
-        self,
-        identity: Identity,
-        terms: Mapping[str, Any],
-        update: int,
-        on_buffer: Callable[[Mapping[str, Tensor]], None],
-    ) -> None:
-        if self._workers.first:
-            self._join(identity, terms, update, on_buffer)
-        if self._workers.fetches:
-            self._start_fetcher(identity)
 
     def _join(
         self,

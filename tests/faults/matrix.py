@@ -182,7 +182,7 @@ def _plans(row: Row, places: Places, folder: Path) -> Iterator[Plan]:
         "dir": url,
         "run_id": "run",
         "interval": 2,
-        "max_staleness": 60,
+        "max_staleness": 10_000,  # an update takes milliseconds here, and what is waited for as long as elsewhere
         "timeout": 3.0,
         "sync": row.sync,
         "keep": KEEP,
@@ -285,6 +285,8 @@ def _in_words(
     without = sum(line["penalty"] is None for line in updates if line["time"] > fired[0]["time"])
     if row.alone:
         words.append("no peer taken up")
+    elif row.joining:
+        words.append(f"no good peer yet, one in use {without} updates later")
     else:
         words.append(f"penalty off for {without} updates, then on again" if without else "last good peer kept")
     if not row.recovers:
