@@ -1,6 +1,7 @@
 """Signed manifests: where the key comes from, what is refused without it, and that it never shows."""
 
 import dataclasses
+import json
 import logging
 
 import pytest
@@ -170,8 +171,8 @@ def test_a_resumed_reader_remembers_the_newest_that_its_checkpoint_had_in_use(pe
     one.step_until(lambda: two.step() or one.metrics()["peers"])
     place = two.save_dir.parent / "store" / RUN / "peers" / "1" / "latest.json"
     old = place.read_bytes()
-    used = one.codistiller.state_dict()["in_use"]["1"]["sequence"]
-    one.step_until(lambda: two.step() or one.codistiller.state_dict()["in_use"]["1"]["sequence"] > used)
+    told = json.loads(old)["manifest"]["sequence"]
+    one.step_until(lambda: two.step() or one.codistiller.state_dict()["in_use"]["1"]["sequence"] > told)
     state = one.codistiller.state_dict()
     one.codistiller.close()
     two.codistiller.close()
