@@ -19,9 +19,11 @@ _HOMES = {
     "ExchangeFailed": "codistill.meters",
     "KEYS": "codistill.meters",
     "Piecewise": "codistill.schedules",
+    "Position": "codistill.exchange.protocol",
     "WeightDecay": "codistill.weight_decay",
     "flag": "codistill.config",
     "kept_items": "codistill.data",
+    "shard": "codistill.data",
     "untouched_generators": "codistill.random_state",
 }
 __all__ = sorted([*_HOMES, "__version__"])

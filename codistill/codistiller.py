@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -20,9 +20,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from codistill.config import CodistillConfig
+from codistill.config import CodistillConfig, ConfigError
+from codistill.exchange.architectures import Architecture, Architectures
 from codistill.exchange.checkpoints import CheckpointExchange
 from codistill.exchange.membership import Identity
+from codistill.exchange.protocol import Exchange, Position
 from codistill.exchange.snapshot import distinct, weights_hash
 from codistill.losses import Distilled, distill
 from codistill.meters import Distance, Incidents, MetricsFile
@@ -30,6 +32,7 @@ from codistill.termination import Termination
 from codistill.workers import Workers, WorkersLost
 
 AGREED = ("peers", "interval", "loss", "temperature", "sync", "dtype")
+AGREED_WHEN_SET = ("exchange", "topology", "topk")  # absent while they have their defaults
 
 
 class Codistiller:
@@ -48,7 +51,10 @@ class Codistiller:
         build_peer: Callable[[], nn.Module],
         fingerprint: str,
         save_dir: Path,
-        architecture: Optional[Mapping[str, Any]] = None,
+        architecture: Optional[Architecture] = None,
+        build_unlike: Optional[Callable[[str, Mapping[str, Any]], nn.Module]] = None,
+        place: Callable[[nn.Module], nn.Module] = lambda module: module,
+        published_state: Optional[Callable[[], Mapping[str, Tensor]]] = None,
     ) -> None:
         """Nothing is read, written or started before the first `begin_update`.
 
@@ -60,18 +66,25 @@ class Codistiller:
             fingerprint: sha256 (hex) of the output space: dictionary or class list.
             save_dir: for the owner token, the initial weights and `metrics.jsonl`.
             architecture: registry name and JSON arguments of the model, to be told with every snapshot.
+            build_unlike: gives the module that a registry name and JSON arguments describe, wherever torch's default
+                device is; None: peers must be like `model`. It is called with what peers say, also from a background
+                thread, and raises whatever it likes for what it cannot or will not build.
+            place: takes such a module to the run's device, precision and memory format.
+            published_state: gives what is published in place of the model's own state, such as its moving average: the
+                same names and shapes.
         """
         self.config = config
         self.alpha = 0.0
         self._schedule = config.alpha_schedule()
-        self._model, self._build_peer = model, build_peer
+        self._model, self._build_peer, self._build_unlike, self._place = model, build_peer, build_unlike, place
+        self._published_state = published_state
         self._fingerprint, self._save_dir, self._architecture = fingerprint, save_dir, architecture
         self._incidents = Incidents(fatal=config.on_error == "fail")
         self._metrics_file = MetricsFile(save_dir, self._incidents)
         self._distance: Optional[Distance] = None
         self._moved = 0.0
         self._workers: Optional[Workers] = None
-        self._exchange: Optional[CheckpointExchange] = None
+        self._exchange: Optional[Exchange] = None
         self._termination = Termination()
         self._update: Optional[int] = None
         self._epoch = 1
@@ -104,27 +117,48 @@ class Codistiller:
             self._leave(update, epoch)
         if update > 0 and update % self.config.interval == 0:
             self._boundary(update, epoch)
+        if self._exchange is not None:
+            self._exchange.begin_update(update, willing=self.alpha > 0)
         self._seconds += time.perf_counter() - began
         self._incidents.check()
 
+    def begin_batch(self, position: Position) -> Optional[Position]:
+        """Say which micro-batch comes next; after `begin_update`. Only exchange by prediction wants to know.
+
+        Args:
+            position: of the micro-batch.
+
+        Returns:
+            Where in the data to go on after this micro-batch (or as soon as the update is done), when some has to be
+            skipped to meet the other peers there.
+        """
+        return None if self._exchange is None else self._exchange.begin_batch(position)
+
     @property
     def active(self) -> bool:
-        """Whether this update has a penalty: alpha is not 0 and a peer is at hand."""
+        """Whether this batch has a penalty: alpha is not 0 and a peer is at hand."""
         return self.alpha > 0 and self._exchange is not None and bool(self._exchange.in_use(self._update or 0))
 
-    def penalty(self, own: Tensor, forward: Callable[[nn.Module], Tensor], mask: Optional[Tensor] = None) -> Distilled:
+    def penalty(
+        self,
+        own: Tensor,
+        forward: Callable[[nn.Module], Tensor],
+        mask: Optional[Tensor] = None,
+        inputs: Sequence[Tensor] = (),
+    ) -> Distilled:
         """The distance of our predictions from the peers', not yet multiplied by `alpha`. Only while `active`.
 
         Args:
             own: our logits, (..., classes).
             forward: gives a peer's logits for the same batch, of the same shape; called without autograd.
             mask: (...), True where a position counts.
+            inputs: the batch itself, (samples, ...) each: with exchange by prediction all peers' must be equal.
 
         Returns:
             The sum over positions of the mean over peers of D, with what goes with it.
         """
         assert self._exchange is not None, "there is no penalty while the codistiller is not active"
-        peers = self._exchange.predictions(forward, self._update or 0)
+        peers = self._exchange.predictions(own.detach(), forward, inputs, self._update or 0)
         found = distill(own, peers, loss=self.config.loss, temperature=self.config.temperature, mask=mask)
         with torch.no_grad():
             sums = torch.stack(
@@ -144,7 +178,7 @@ class Codistiller:
             "agreement": self._means[1],
             "peers": len(in_use),
             "staleness": max((used.staleness(update) for used in in_use), default=0),
-            "gap": max((update - used.proposal.reference.update for used in in_use), default=0),
+            "gap": max((used.gap(update) for used in in_use), default=0),
             "distance": self._moved,
             "sent": counters["sent"],
             "received": counters["received"],
@@ -202,16 +236,31 @@ class Codistiller:
         if self.config.peers == 1:
             return
         exchange = self._exchange = CheckpointExchange(
-            self.config, self._workers, self._save_dir, self._state, self._build_peer, self._incidents
+            self.config,
+            self._workers,
+            self._save_dir,
+            self._published_state or self._state,
+            self._architectures(state),
+            self._incidents,
         )
         exchange.load_state_dict(self._restored.get("in_use", {}))
         terms = {name: getattr(self.config, name) for name in AGREED} | {"output": self._fingerprint}
+        changed = self.config.changed()
+        terms |= {name: changed[name] for name in AGREED_WHEN_SET if name in changed}
         identity = Identity(self._fingerprint, self._init_hash, self._architecture)
         try:
-            exchange.start(identity, terms, update, self._measure_distance)
+            exchange.start(identity, terms, update, self._on_published)
         except WorkersLost as error:
             exchange.end_without_workers(error)
         self._termination.install()
+
+    def _architectures(self, state: Mapping[str, Tensor]) -> Architectures:
+        try:
+            return Architectures(
+                self._build_peer, state, self.config.dtype, self._architecture, self._build_unlike, self._place
+            )
+        except ValueError as error:
+            raise ConfigError(f"this model cannot be codistilled: {error}") from None
 
     def _leave(self, update: int, epoch: int) -> None:
         """SIGTERM has come: publish what we have now, never as final, and let the process go its way."""
@@ -223,10 +272,9 @@ class Codistiller:
 
     def _boundary(self, update: int, epoch: int) -> None:
         self._settle_sums()
-        if self._exchange is None:
-            if self._workers is not None and self._workers.first:
-                self._measure_distance(self._state())
-        else:
+        if (self._exchange is None or self._published_state) and self._workers is not None and self._workers.first:
+            self._measure_distance(self._state())
+        if self._exchange is not None:
             self._exchange.boundary(update, epoch, self.metrics())
         self._report(update)
 
@@ -244,6 +292,11 @@ class Codistiller:
         self._means = (loss / positions, agreement / positions) if positions else (0.0, 0.0)
         if unusable:
             self._incidents.report("non-finite", f"a peer's predictions were not finite in {unusable:g} batches")
+
+    def _on_published(self, state: Mapping[str, Tensor]) -> None:
+        """In the background, with a copy of what is published: the model's own weights, unless told otherwise."""
+        if self._published_state is None:
+            self._measure_distance(state)
 
     def _measure_distance(self, state: Mapping[str, Tensor]) -> None:
         if self._distance is None:

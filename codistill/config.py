@@ -19,6 +19,10 @@ from codistill.schedules import Alpha, Piecewise, ScheduleError
 LOSSES = ("kl", "mse", "ce")
 SCHEMES = ("file", "s3", "gs", "az")
 WIRE_DTYPES = ("float32", "bfloat16", "float16")
+EXCHANGES = ("checkpoint", "prediction")
+PUBLISHED = ("raw", "ema")
+TOPOLOGY = re.compile(r"all|ring|random-([1-9][0-9]{0,3})")
+RENDEZVOUS = re.compile(r"tcp://[^/:\s]+:([1-9][0-9]{0,4})")
 ON_ERROR = ("continue", "fail")
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MAX_PEERS = 1024
@@ -61,7 +65,15 @@ class DataConfig:
     """Which part of the training set to use; a baseline and the peers compared with it use the same."""
 
     data_fraction: float = option(1.0, "train on this fraction of the training set, above 0 and up to 1")
-    data_seed: int = option(0, "which items the fraction holds; the same for all trainings that are compared")
+    data_seed: int = option(
+        0,
+        "which items the fraction holds, how shards are cut, and the order with exchange by prediction; "
+        "the same for all trainings that are compared, and for all peers of a run",
+    )
+    data_shard: bool = option(
+        False,
+        "train on this peer's own part of the training set (or of its fraction): one of as many as there are peers",
+    )
 
     def __post_init__(self) -> None:
         """Judge the values at once.
@@ -87,6 +99,22 @@ class CodistillConfig:
         None,
         "where the peers leave their snapshots: a folder all of them reach, or s3://, gs://, az:// "
         "(credentials come from the environment); not needed with one peer",
+    )
+    exchange: str = option(
+        "checkpoint",
+        "what peers know each other by: checkpoint, weights that come now and then, or prediction, the logits of each "
+        "batch, which all peers then go through in step, over a fast and trusted network",
+        EXCHANGES,
+    )
+    rendezvous: Optional[str] = option(
+        None,
+        "with exchange by prediction, where the jobs find each other: tcp://HOST:PORT, HOST being the machine of peer "
+        "0 and PORT free there; without it they find each other through the dir",
+    )
+    topology: str = option(
+        "all",
+        "whom a peer learns from, with exchange by checkpoint: all others, ring (the peer before it), or random-K, "
+        "such as random-2 (K others, drawn anew at every interval); absent peers are passed over",
     )
     run_id: str = option("default", "name of the run below the dir; peers that share it codistil with each other")
     peer: int = option(0, "number of this peer, from 0; each job of a run has its own")
@@ -117,7 +145,13 @@ class CodistillConfig:
     timeout: float = option(
         300.0, "longest wait, in seconds, for the store at the end, and for the other peers with sync"
     )
-    dtype: str = option("float32", "precision of the weights in a snapshot", WIRE_DTYPES)
+    dtype: str = option("float32", "precision of the weights in a snapshot, or of the logits sent", WIRE_DTYPES)
+    topk: int = option(
+        0, "with exchange by prediction, send only the so many largest logits of each position; 0: all of them"
+    )
+    publish: str = option(
+        "raw", "weights in a snapshot: raw, or ema, the moving average that the host framework keeps", PUBLISHED
+    )
     keep: int = option(3, "snapshots of this peer left on the store; with sync as many more as a restart may need")
     weight_decay: Optional[str] = option(
         None,
@@ -139,6 +173,7 @@ class CodistillConfig:
         self._check_numbers()
         self._check_choices()
         self._check_place()
+        self._check_exchange()
         self.alpha_schedule()
         self.weight_decay_schedule()
 
@@ -168,6 +203,16 @@ class CodistillConfig:
             return Piecewise.parse(text)
         except ScheduleError as error:
             raise ConfigError(f"{flag(name)} {text}: {error}") from None
+
+    def changed(self) -> dict[str, Any]:
+        """The options that do not have their defaults."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return {item.name: values[item.name] for item in dataclasses.fields(self) if values[item.name] != item.default}
+
+    @property
+    def coordinated(self) -> bool:
+        """Whether all peers go through the same batches in step, as exchange by prediction needs it."""
+        return self.exchange == "prediction" and self.peers > 1 and self.alpha > 0
 
     @property
     def staleness_bound(self) -> int:
@@ -215,7 +260,7 @@ class CodistillConfig:
                 "run_id", "must be 1 to 128 letters, digits, dots, dashes or underscores, the first a letter or digit"
             )
         if self.dir is None or not self.dir.strip():
-            if self.peers > 1:
+            if self.peers > 1 and self.rendezvous is None:
                 raise ConfigError(
                     f"{flag('dir')} is missing: {self.peers} peers need a folder or bucket that all of them reach, "
                     f"e.g. {flag('dir')} /shared/codistill or s3://bucket/path"
@@ -226,3 +271,25 @@ class CodistillConfig:
             schemes = ", ".join(f"{known}://" for known in SCHEMES)
             # The rest of the URL may hold credentials.
             raise ConfigError(f"{flag('dir')} {scheme}://…: must be a folder or start with one of {schemes}")
+
+    def _check_exchange(self) -> None:
+        """What goes with one kind of exchange only."""
+        if not TOPOLOGY.fullmatch(self.topology):
+            raise self.error("topology", "must be all, ring, or random-K with a number K, such as random-2")
+        if self.topk < 0:
+            raise self.error("topk", "must be 0 or more")
+        if self.rendezvous is not None:
+            parts = RENDEZVOUS.fullmatch(self.rendezvous)
+            if parts is None or int(parts[1]) > 65535:
+                raise self.error("rendezvous", "must be tcp://HOST:PORT, HOST being the machine of peer 0")
+        by_prediction = self.exchange == "prediction"
+        for name in ("topology", "sync", "publish"):
+            if by_prediction and name in self.changed():
+                raise self.error(name, f"has no meaning with {flag('exchange')} prediction; leave one of them out")
+        for name in ("rendezvous", "topk"):
+            if not by_prediction and name in self.changed():
+                raise self.error(
+                    name, f"has no effect without {flag('exchange')} prediction; add it, or leave this out"
+                )
+        if self.topk and self.loss == "mse":
+            raise self.error("topk", f"{flag('loss')} mse compares all logits; leave it out, or choose kl or ce")

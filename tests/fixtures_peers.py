@@ -28,7 +28,7 @@ from codistill.exchange.manifest import Latest, Manifest, Reference
 from codistill.exchange.membership import Identity, Membership
 from codistill.exchange.objects import Objects
 from codistill.exchange.publisher import Publisher
-from codistill.exchange.snapshot import HostBuffer
+from codistill.exchange.snapshot import HostBuffer, Template
 from codistill.exchange.store import RunStore
 from codistill.meters import Incidents
 from tests.fixtures_store import make_latest, make_manifest
@@ -78,6 +78,11 @@ def identity(start: int = 0) -> Identity:
     return Identity(FINGERPRINT, f"{start:064x}")
 
 
+def like(template: Template) -> Callable[[Any], Template]:
+    """What a fetcher is told when every peer's snapshot must look like `template`, whatever its manifest says."""
+    return lambda architecture: template
+
+
 class Tiny(nn.Module):
     """Parameters, a tied one, a buffer that training changes, and dropout that draws random numbers."""
 
@@ -105,13 +110,15 @@ class Peer:
         seed: int | None = None,
         fingerprint: str = FINGERPRINT,
         save_dir: str | None = None,
+        model: nn.Module | None = None,
         architecture: Mapping[str, Any] | None = None,
+        build_unlike: Callable[[str, Mapping[str, Any]], nn.Module] | None = None,
         **changes: Any,
     ) -> None:
         self.save_dir = folder / (save_dir or f"peer{peer}")
         self.save_dir.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(peer if seed is None else seed)
-        self.model = Tiny()
+        self.model = model or Tiny()
         self.data = torch.Generator().manual_seed(100 + peer)
         self.update = 0
         self.built = 0
@@ -124,6 +131,7 @@ class Peer:
             fingerprint=fingerprint,
             save_dir=self.save_dir,
             architecture=architecture,
+            build_unlike=build_unlike,
         )
 
     def build_peer(self) -> nn.Module:

@@ -11,22 +11,23 @@ import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 from torch import Tensor, nn
 
 from codistill.config import CodistillConfig, ConfigError, flag
+from codistill.exchange.architectures import Architecture, Architectures
 from codistill.exchange.errors import ExchangeError, Refused, StorageError
-from codistill.exchange.fetcher import HURRIED_SECONDS, NEWEST, Fetcher, Wish, snapshot_file
+from codistill.exchange.fetcher import HURRIED_SECONDS, NEWEST, Fetcher, Wish, read_architecture, snapshot_file
 from codistill.exchange.meeting import Proposal, Readiness, meet
 from codistill.exchange.membership import Identity, Membership, owner_token
 from codistill.exchange.objects import Objects, without_credentials
 from codistill.exchange.peer_modules import InUse, PeerModules, held_before
+from codistill.exchange.protocol import Position
 from codistill.exchange.publisher import Publisher
 from codistill.exchange.signing import KEY, signing_key
-from codistill.exchange.snapshot import Template
 from codistill.exchange.store import RunStore
 from codistill.meters import Incidents
 from codistill.workers import Workers, WorkersLost
@@ -43,7 +44,7 @@ class CheckpointExchange:
         workers: Workers,
         save_dir: Path,
         state: Callable[[], Mapping[str, Tensor]],
-        build_peer: Callable[[], nn.Module],
+        architectures: Architectures,
         incidents: Incidents,
     ) -> None:
         """Nothing is read or written before `start`.
@@ -53,7 +54,7 @@ class CheckpointExchange:
             workers: of this peer.
             save_dir: of this peer; holds the token that owns the peer number.
             state: gives our own weights; live tensors.
-            build_peer: gives a module like ours, in the run's device, precision and memory format.
+            architectures: what peers' models may be.
             incidents: told of every refusal and fault.
         """
         self._config, self._workers, self._save_dir = config, workers, save_dir
@@ -63,13 +64,13 @@ class CheckpointExchange:
         self._token = ""
         self._store: Optional[RunStore] = None
         self._folder = Path(tempfile.gettempdir())
-        self._template = Template({}, config.dtype)
+        self._architectures = architectures
         self._publisher: Optional[Publisher] = None
         self._fetcher: Optional[Fetcher] = None
-        self._modules = PeerModules(build_peer, config.staleness_bound, incidents)
+        self._modules = PeerModules(architectures, config.staleness_bound, incidents)
         self._before: dict[int, InUse] = {}  # what a checkpoint says was in use
         self._pending: dict[int, Proposal] = {}
-        self._opened: dict[int, dict[str, Tensor]] = {}
+        self._opened: dict[int, tuple[Optional[Architecture], dict[str, Tensor]]] = {}
         self._over = False
 
     def start(
@@ -105,6 +106,12 @@ class CheckpointExchange:
         self._together(enter)
         self._take_up_again(update)
 
+    def begin_update(self, update: int, *, willing: bool) -> None:
+        """Nothing to do between two boundaries."""
+
+    def begin_batch(self, position: Position) -> Optional[Position]:
+        """Nothing to skip: peers go through the data each in its own way."""
+
     def boundary(self, update: int, epoch: int, metrics: Mapping[str, float]) -> None:
         """Publish our weights and take up the peers'; called every `interval` updates.
 
@@ -121,9 +128,11 @@ class CheckpointExchange:
             self._await_update(update)
         self._take_up(update, patient=self._config.sync)
 
-    def predictions(self, forward: Callable[[nn.Module], Tensor], update: int) -> list[Tensor]:
+    def predictions(
+        self, own: Tensor, forward: Callable[[nn.Module], Tensor], inputs: Sequence[Tensor], update: int
+    ) -> list[Tensor]:
         """What `forward` gives, without autograd, for every peer in use, in the order of their numbers."""
-        return list(self._modules.predictions(forward, update))
+        return list(self._modules.predictions(own.shape, forward, update))
 
     def in_use(self, update: int) -> dict[int, InUse]:
         """The peers whose snapshots are not too stale at `update`."""
@@ -212,10 +221,6 @@ class CheckpointExchange:
 
     def _prepare(self) -> None:
         """What can go wrong on this worker alone."""
-        try:
-            self._template = Template(self._state(), self._config.dtype)
-        except ValueError as error:
-            raise ConfigError(f"this model cannot be codistilled: {error}") from None
         self._key = signing_key()
         if self._workers.first:
             self._token = owner_token(self._save_dir, self._config.peer)
@@ -262,7 +267,7 @@ class CheckpointExchange:
             self._reached_store,
             self._folder,
             self._others,
-            self._template,
+            self._architectures.template,
             self._config.dtype,
             identity,
             self._incidents,
@@ -385,7 +390,7 @@ class CheckpointExchange:
         """Whether this worker can swap to `proposal` right now; if it cannot, see to it that it can next time."""
         path = snapshot_file(self._folder, proposal.sha256)
         try:
-            self._opened[proposal.peer] = self._template.open(path, verified=True)
+            self._opened[proposal.peer] = self._open_snapshot(proposal)
             return Readiness.READY
         except FileNotFoundError:
             pass
@@ -400,8 +405,13 @@ class CheckpointExchange:
     def _swap(self, proposal: Proposal, update: int) -> None:
         """Take up a snapshot that is open; should that fail, go back to the one before, whose file is still here."""
         before = self._modules.held(proposal.peer)
-        if self._modules.swap(proposal, self._opened[proposal.peer], update) or before is None:
+        if self._modules.swap(proposal, *self._opened[proposal.peer], update) or before is None:
             return
         with contextlib.suppress(OSError, RuntimeError, Refused):
-            tensors = self._template.open(snapshot_file(self._folder, before.proposal.sha256), verified=True)
-            self._modules.swap(before.proposal, tensors, before.accepted)
+            self._modules.swap(before.proposal, *self._open_snapshot(before.proposal), before.accepted)
+
+    def _open_snapshot(self, proposal: Proposal) -> tuple[Optional[Architecture], dict[str, Tensor]]:
+        """What a verified snapshot is of, and its tensors."""
+        path = snapshot_file(self._folder, proposal.sha256)
+        architecture = read_architecture(path)
+        return architecture, self._architectures.template(architecture).open(path, verified=True)

@@ -26,8 +26,8 @@ class ExchangeError(Exception):
 class Refused(ExchangeError):
     """What was read (or is about to be written) is not acceptable; trying again brings the same.
 
-    Causes: size, format, run, peer, signature, hash, names, shape, dtype, non-finite, fingerprint, init, rollback,
-    terms, exists.
+    Causes: size, format, run, peer, signature, hash, names, shape, dtype, non-finite, fingerprint, init, architecture,
+    rollback, terms, exists.
     """
 
 

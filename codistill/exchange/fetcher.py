@@ -8,14 +8,16 @@ trouble is an incident too, and tried again after growing pauses.
 from __future__ import annotations
 
 import functools
+import json
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
+from codistill.exchange.architectures import Architecture
 from codistill.exchange.errors import ExchangeError, Refused
 from codistill.exchange.manifest import Latest, Manifest, Reference
 from codistill.exchange.membership import Identity
@@ -45,6 +47,17 @@ def snapshot_file(folder: Path, sha256: str) -> Path:
     return folder / f"{sha256}.safetensors"
 
 
+def read_architecture(snapshot: Path) -> Optional[Architecture]:
+    """Of which model a verified snapshot is; None: like ours."""
+    document: Optional[Architecture] = json.loads(snapshot.with_suffix(".json").read_bytes())
+    return document
+
+
+def _write_architecture(snapshot: Path, architecture: Optional[Architecture]) -> None:
+    document = None if architecture is None else dict(architecture)
+    snapshot.with_suffix(".json").write_text(json.dumps(document), encoding="utf-8")
+
+
 class Fetcher:
     """Reads for every worker on this machine.
 
@@ -57,7 +70,7 @@ class Fetcher:
         store: RunStore,
         folder: Path,
         peers: Iterable[int],
-        template: Template,
+        template_of: Callable[[Optional[Architecture]], Template],
         dtype: str,
         identity: Identity,
         incidents: Incidents,
@@ -68,13 +81,13 @@ class Fetcher:
             store: where the snapshots are.
             folder: private folder of this machine; its files belong to this object.
             peers: numbers of the other peers.
-            template: what a snapshot must look like.
+            template_of: what a snapshot of an architecture must look like; raises `Refused`.
             dtype: wire dtype that the run agreed on.
             identity: of this peer; a snapshot needs the same output space and other initial weights.
             incidents: told of every refusal and fault.
         """
         self._store, self._folder, self._peers = store, folder, sorted(peers)
-        self._template, self._dtype = template, dtype
+        self._template_of, self._dtype = template_of, dtype
         self._identity, self._incidents = identity, incidents
         self._wishes: dict[int, Wish] = {}
         self._found: dict[int, Manifest] = {}
@@ -253,14 +266,16 @@ class Fetcher:
         """Bring the payload here and verify it: bytes, sha256, header, names, shapes, dtypes, finiteness."""
         part = self._folder / f"{manifest.sha256}.part"
         try:
-            limit = self._template.limit
+            template = self._template_of(manifest.architecture)
+            limit = template.limit
             if manifest.bytes > limit:
                 raise Refused("size", f"{manifest.bytes} bytes, but a snapshot of this model has at most {limit}")
             if not self._store.download(manifest, part):
                 raise ExchangeError("pruned", f"update {manifest.update} was pruned before it was read")
             self.received += manifest.bytes
-            self._template.open(part)
+            template.open(part)
             self._remember(peer, snapshot_file(self._folder, manifest.sha256))
+            _write_architecture(snapshot_file(self._folder, manifest.sha256), manifest.architecture)
             part.replace(snapshot_file(self._folder, manifest.sha256))
         finally:
             part.unlink(missing_ok=True)
@@ -277,7 +292,9 @@ class Fetcher:
         files = self._files[peer]
         files.append(path)
         while len(files) > FILES_PER_PEER:
-            files.popleft().unlink(missing_ok=True)  # workers that mapped it keep it
+            path = files.popleft()
+            path.unlink(missing_ok=True)  # workers that mapped it keep it
+            path.with_suffix(".json").unlink(missing_ok=True)
 
     def _settle(self, peer: int, wish: Wish, manifest: Manifest) -> None:
         with self._changed:

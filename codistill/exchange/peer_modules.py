@@ -1,7 +1,8 @@
 """The other peers as modules of our own, each holding the weights of its last accepted snapshot.
 
-A module is built when its peer's first snapshot comes, runs in eval mode without autograd, and draws no random number.
-A peer that cannot be built, loaded or run is left out until it sends something new: an incident, never an exception.
+A module is built when its peer's first snapshot comes, and anew when the peer comes back as another model. It runs in
+eval mode without autograd. A peer that cannot be built, loaded or run is left out until it sends something new: an
+incident, never an exception.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
+from codistill.exchange.architectures import Architecture, Architectures
 from codistill.exchange.manifest import Reference
 from codistill.exchange.meeting import Proposal
 from codistill.exchange.snapshot import load
 from codistill.meters import Incidents
-from codistill.random_state import untouched_generators
 
 
 @dataclass(frozen=True)
@@ -31,20 +32,25 @@ class InUse:
         """Own updates since it was taken up; a final snapshot never goes stale."""
         return 0 if self.proposal.final else update - self.accepted
 
+    def gap(self, update: int) -> int:
+        """Own update minus the peer's."""
+        return update - self.proposal.reference.update
+
 
 class PeerModules:
     """Which snapshots are in use, and the modules that hold them."""
 
-    def __init__(self, build: Callable[[], nn.Module], staleness_bound: int, incidents: Incidents) -> None:
+    def __init__(self, architectures: Architectures, staleness_bound: int, incidents: Incidents) -> None:
         """Nothing is built yet.
 
         Args:
-            build: gives a module like ours, in the run's device, precision and memory format.
+            architectures: builds the modules.
             staleness_bound: own updates after which a snapshot is no longer used.
             incidents: told of every peer that fails.
         """
-        self._build, self._bound, self._incidents = build, staleness_bound, incidents
+        self._architectures, self._bound, self._incidents = architectures, staleness_bound, incidents
         self._modules: dict[int, nn.Module] = {}
+        self._built: dict[int, Optional[Architecture]] = {}
         self._held: dict[int, InUse] = {}
 
     def held(self, peer: int) -> Optional[InUse]:
@@ -55,18 +61,22 @@ class PeerModules:
         """The peers whose snapshots are not too stale at `update`."""
         return {peer: used for peer, used in self._held.items() if used.staleness(update) <= self._bound}
 
-    def predictions(self, forward: Callable[[nn.Module], Tensor], update: int) -> Iterator[Tensor]:
+    def predictions(self, shape: torch.Size, forward: Callable[[nn.Module], Tensor], update: int) -> Iterator[Tensor]:
         """What `forward` gives, without autograd, for every peer in use at `update`, in the order of their numbers."""
         for peer in sorted(self.in_use(update)):
             try:
                 with torch.no_grad():
                     found = forward(self._modules[peer])
+                if found.shape != shape:
+                    raise ValueError(f"its predictions have shape {tuple(found.shape)}, ours {tuple(shape)}")
             except Exception as error:  # no memory for it, say
                 self._leave_out(peer, error)
             else:
                 yield found
 
-    def swap(self, proposal: Proposal, tensors: Mapping[str, Tensor], update: int) -> bool:
+    def swap(
+        self, proposal: Proposal, architecture: Optional[Architecture], tensors: Mapping[str, Tensor], update: int
+    ) -> bool:
         """Put a verified snapshot's tensors into the peer's module, between two updates.
 
         Returns:
@@ -74,9 +84,9 @@ class PeerModules:
         """
         peer = proposal.peer
         try:
-            if peer not in self._modules:
-                with untouched_generators():
-                    self._modules[peer] = self._build().eval().requires_grad_(False)
+            if peer not in self._modules or self._architectures.differ(architecture, self._built[peer]):
+                self._modules.pop(peer, None)  # first, for its memory
+                self._modules[peer], self._built[peer] = self._architectures.build(architecture), architecture
             load(self._modules[peer].state_dict(), tensors)
         except Exception as error:
             self._leave_out(peer, error)

@@ -15,6 +15,9 @@ RUN_ID = "must be 1 to 128 letters, digits, dots, dashes or underscores, the fir
 
 DEFAULTS = {
     "--codistill-dir": None,
+    "--codistill-exchange": "checkpoint",
+    "--codistill-rendezvous": None,
+    "--codistill-topology": "all",
     "--codistill-run-id": "default",
     "--codistill-peer": 0,
     "--codistill-peers": 2,
@@ -31,13 +34,17 @@ DEFAULTS = {
     "--codistill-sync": False,
     "--codistill-timeout": 300.0,
     "--codistill-dtype": "float32",
+    "--codistill-topk": 0,
+    "--codistill-publish": "raw",
     "--codistill-keep": 3,
     "--codistill-weight-decay": None,
 }
 CHOICES = {
+    "--codistill-exchange": ("checkpoint", "prediction"),
     "--codistill-loss": LOSSES,
     "--codistill-on-error": ("continue", "fail"),
     "--codistill-dtype": ("float32", "bfloat16", "float16"),
+    "--codistill-publish": ("raw", "ema"),
 }
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -54,6 +61,50 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (
         {"dir": "ftp://user:password@host/path"},
         "--codistill-dir ftp://…: must be a folder or start with one of file://, s3://, gs://, az://",
+    ),
+    ({"exchange": "gossip"}, "--codistill-exchange gossip: must be one of checkpoint, prediction"),
+    (
+        {"exchange": "prediction", "rendezvous": "host:29500"},
+        "--codistill-rendezvous host:29500: must be tcp://HOST:PORT, HOST being the machine of peer 0",
+    ),
+    (
+        {"exchange": "prediction", "rendezvous": "tcp://host:70000"},
+        "--codistill-rendezvous tcp://host:70000: must be tcp://HOST:PORT, HOST being the machine of peer 0",
+    ),
+    (
+        {"rendezvous": "tcp://host:29500"},
+        "--codistill-rendezvous tcp://host:29500: has no effect without --codistill-exchange prediction; add it, or "
+        "leave this out",
+    ),
+    (
+        {"topology": "star"},
+        "--codistill-topology star: must be all, ring, or random-K with a number K, such as random-2",
+    ),
+    (
+        {"topology": "random-0"},
+        "--codistill-topology random-0: must be all, ring, or random-K with a number K, such as random-2",
+    ),
+    (
+        {"topology": "ring", "exchange": "prediction"},
+        "--codistill-topology ring: has no meaning with --codistill-exchange prediction; leave one of them out",
+    ),
+    (
+        {"sync": True, "exchange": "prediction"},
+        "--codistill-sync True: has no meaning with --codistill-exchange prediction; leave one of them out",
+    ),
+    ({"publish": "mean"}, "--codistill-publish mean: must be one of raw, ema"),
+    (
+        {"publish": "ema", "exchange": "prediction"},
+        "--codistill-publish ema: has no meaning with --codistill-exchange prediction; leave one of them out",
+    ),
+    ({"exchange": "prediction", "topk": -1}, "--codistill-topk -1: must be 0 or more"),
+    (
+        {"topk": 8},
+        "--codistill-topk 8: has no effect without --codistill-exchange prediction; add it, or leave this out",
+    ),
+    (
+        {"exchange": "prediction", "topk": 8, "loss": "mse"},
+        "--codistill-topk 8: --codistill-loss mse compares all logits; leave it out, or choose kl or ce",
     ),
     ({"run_id": ""}, f"--codistill-run-id : {RUN_ID}"),
     ({"run_id": "../up"}, f"--codistill-run-id ../up: {RUN_ID}"),

@@ -17,6 +17,9 @@ WHOLE_MODELS = (
 
 FLAGS = {
     "--codistill-dir": None,
+    "--codistill-exchange": "checkpoint",
+    "--codistill-rendezvous": None,
+    "--codistill-topology": "all",
     "--codistill-run-id": "default",
     "--codistill-peer": 0,
     "--codistill-peers": 2,
@@ -33,11 +36,13 @@ FLAGS = {
     "--codistill-sync": False,
     "--codistill-timeout": 300.0,
     "--codistill-dtype": "float32",
+    "--codistill-topk": 0,
+    "--codistill-publish": "raw",
     "--codistill-keep": 3,
     "--codistill-weight-decay": None,
     "--codistill-label-smoothing": None,
 }
-DATA_FLAGS = {"--codistill-data-fraction": 1.0, "--codistill-data-seed": 0}
+DATA_FLAGS = {"--codistill-data-fraction": 1.0, "--codistill-data-seed": 0, "--codistill-data-shard": False}
 
 BAD = [
     (

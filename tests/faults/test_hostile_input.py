@@ -33,7 +33,7 @@ from codistill.exchange.objects import Objects
 from codistill.exchange.snapshot import HostBuffer, Template
 from codistill.exchange.store import RunStore
 from codistill.meters import Incidents
-from tests.fixtures_peers import RUN, Tiny, Writer, identity, peers, publishers, quick_exchange, until, weights
+from tests.fixtures_peers import RUN, Tiny, Writer, identity, like, peers, publishers, quick_exchange, until, weights
 from tests.fixtures_store import (
     FailingObjects,
     folder_objects,
@@ -128,7 +128,8 @@ class Scene:
         """The last good snapshot is in use, alone on this machine, and the next good one replaces it."""
         assert self.fetcher.found(1) == self.good
         assert self.good is not None
-        assert list(self.machine.iterdir()) == [snapshot_file(self.machine, self.good.sha256)]
+        good = snapshot_file(self.machine, self.good.sha256)
+        assert set(self.machine.iterdir()) == {good, good.with_suffix(".json")}
         self.read(GOOD)
         self.writer.sequence += 1
         after = self.writer.publish(AFTER, 10**6)
@@ -157,7 +158,7 @@ def make_scene(tmp_path: Path, quick_exchange: Path, monkeypatch: pytest.MonkeyP
         watched, incidents = FailingObjects(objects), Incidents(fatal=False)
         store = RunStore(watched, RUN)
         template = Template(GOOD, "float32")
-        fetcher = Fetcher(store, machine, [1, 2], template, "float32", identity(0), incidents)
+        fetcher = Fetcher(store, machine, [1, 2], like(template), "float32", identity(0), incidents)
         scene = Scene(fetcher, incidents, machine, watched, Writer(store), root, outside)
         made.append(scene)
         fetcher.start()
@@ -690,7 +691,7 @@ from codistill.exchange.objects import Objects
 from codistill.exchange.snapshot import Template
 from codistill.exchange.store import RunStore
 from codistill.meters import Incidents
-from tests.fixtures_peers import identity, until, weights
+from tests.fixtures_peers import identity, like, until, weights
 module.POLL_SECONDS = 0.01
 
 def peak():
@@ -703,7 +704,7 @@ for run in sys.argv[3:]:
     template = templates.get(run.split("-")[0]) or Template(weights(0), "float32")
     incidents = Incidents(fatal=False)
     (here := machine / run).mkdir(parents=True)
-    fetcher = Fetcher(RunStore(Objects(folder), run), here, [1], template, "float32", identity(0), incidents)
+    fetcher = Fetcher(RunStore(Objects(folder), run), here, [1], like(template), "float32", identity(0), incidents)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = peak()
     fetcher.wish(1, NEWEST)

@@ -15,7 +15,7 @@ from codistill.exchange.manifest import Reference
 from codistill.exchange.snapshot import Template
 from codistill.exchange.store import RunStore
 from codistill.meters import Incidents
-from tests.fixtures_peers import RUN, Writer, identity, quick_exchange, until, weights  # noqa: F401
+from tests.fixtures_peers import RUN, Writer, identity, like, quick_exchange, until, weights  # noqa: F401
 from tests.fixtures_store import failing_objects, make_manifest, memory_objects  # noqa: F401
 
 # ruff: noqa: F811
@@ -36,6 +36,12 @@ def incidents():
     return Incidents(fatal=False)
 
 
+def files(folder, *manifests):
+    """What lies on the machine when these snapshots, and no others, do."""
+    found = [snapshot_file(folder, manifest.sha256) for manifest in manifests]
+    return {path.with_suffix(kind) for path in found for kind in (".safetensors", ".json")}
+
+
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "snapshots").mkdir()
@@ -44,7 +50,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def fetcher(store, folder, incidents, quick_exchange):
-    made = Fetcher(store, folder, [1, 2], Template(weights(0), "float32"), "float32", identity(0), incidents)
+    made = Fetcher(store, folder, [1, 2], like(Template(weights(0), "float32")), "float32", identity(0), incidents)
     made.start()
     yield made
     made.close(5)
@@ -195,7 +201,7 @@ def test_a_snapshot_is_refused_once_and_the_last_good_one_kept(
     look_again(failing_objects)
     assert incidents.counts == {cause: 1}
     assert fetcher.found(1) == good
-    assert list(folder.iterdir()) == [snapshot_file(folder, good.sha256)]
+    assert set(folder.iterdir()) == files(folder, good)
     assert LINES.get(what, "") in caplog.text
     after = writer.publish(weights(3), 30)
     until(lambda: fetcher.found(1) == after)
@@ -227,7 +233,7 @@ def test_a_payload_that_is_not_what_its_manifest_says_is_refused_once(
     look_again(failing_objects)
     assert incidents.counts == {cause: 1}
     assert fetcher.found(1) == good
-    assert list(folder.iterdir()) == [snapshot_file(folder, good.sha256)]
+    assert set(folder.iterdir()) == files(folder, good)
 
 
 @pytest.mark.parametrize(("incarnation", "sequence"), [(1, 99), (2, 1)])
@@ -283,7 +289,7 @@ def test_trouble_with_the_store_is_an_incident_and_tried_again(fetcher, writer, 
 
 def test_trouble_with_the_disk_is_an_incident_and_tried_again(store, writer, incidents, folder, quick_exchange):
     shutil.rmtree(folder)
-    made = Fetcher(store, folder, [1], Template(weights(0), "float32"), "float32", identity(0), incidents)
+    made = Fetcher(store, folder, [1], like(Template(weights(0), "float32")), "float32", identity(0), incidents)
     made.start()
     manifest = writer.publish(weights(1), 10)
     made.wish(1, NEWEST)
@@ -330,8 +336,7 @@ def test_only_the_newest_files_of_a_peer_stay_on_the_machine(fetcher, folder, wr
     for update in range(10, 60, 10):
         made.append(writer.publish(weights(update), update))
         until(lambda: fetcher.found(1) == made[-1])
-    kept = {snapshot_file(folder, manifest.sha256) for manifest in made[-FILES_PER_PEER:]}
-    assert set(folder.iterdir()) == kept
+    assert set(folder.iterdir()) == files(folder, *made[-FILES_PER_PEER:])
 
 
 def test_a_file_that_is_evicted_stays_readable_for_those_that_mapped_it(fetcher, folder, writer):
@@ -355,7 +360,7 @@ def test_closing_waits_for_a_transfer_only_so_long(store, writer, incidents, fol
         return False
 
     monkeypatch.setattr(store, "download", download)
-    made = Fetcher(store, folder, [1], Template(weights(0), "float32"), "float32", identity(0), incidents)
+    made = Fetcher(store, folder, [1], like(Template(weights(0), "float32")), "float32", identity(0), incidents)
     made.start()
     writer.publish(weights(1), 10)
     made.wish(1, NEWEST)
@@ -367,7 +372,7 @@ def test_closing_waits_for_a_transfer_only_so_long(store, writer, incidents, fol
 
 
 def test_a_fetcher_that_never_started_can_be_closed(store, folder, incidents):
-    Fetcher(store, folder, [1], Template({}, "float32"), "float32", identity(0), incidents).close(1)
+    Fetcher(store, folder, [1], like(Template({}, "float32")), "float32", identity(0), incidents).close(1)
     assert incidents.total == 0
 
 

@@ -14,7 +14,7 @@ from codistill.exchange.signing import signing_key
 from codistill.exchange.snapshot import Template
 from codistill.exchange.store import RunStore
 from codistill.meters import Incidents
-from tests.fixtures_peers import RUN, Writer, identity, peers, quick_exchange, until, weights  # noqa: F401
+from tests.fixtures_peers import RUN, Writer, identity, like, peers, quick_exchange, until, weights  # noqa: F401
 from tests.fixtures_store import make_manifest, memory_objects  # noqa: F401
 
 # ruff: noqa: F811
@@ -41,7 +41,7 @@ def incidents():
 def fetcher(signed, tmp_path, incidents, quick_exchange):
     (tmp_path / "snapshots").mkdir()
     made = Fetcher(
-        signed, tmp_path / "snapshots", [1], Template(weights(0), "float32"), "float32", identity(0), incidents
+        signed, tmp_path / "snapshots", [1], like(Template(weights(0), "float32")), "float32", identity(0), incidents
     )
     made.start()
     made.wish(1, NEWEST)
