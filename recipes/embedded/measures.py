@@ -23,6 +23,12 @@ def distance(metrics: Sequence[Mapping[str, Any]]) -> float:
     return float(seen[-1]) if seen else math.nan
 
 
+def agreement(metrics: Sequence[Mapping[str, Any]]) -> float:
+    """The last agreement that was measured while peers were in use; NaN if none was."""
+    seen = [row["agreement"] for row in metrics if row.get("agreement") is not None and row.get("peers")]
+    return float(seen[-1]) if seen else math.nan
+
+
 def sent_bytes(metrics: Sequence[Mapping[str, Any]]) -> int:
     """Bytes put on the exchange from the start to the last line; 0 where nothing was exchanged."""
     return max((int(row["sent"]) for row in metrics if row.get("sent") is not None), default=0)

@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.embedded.nmt.settings import Corpus, Training
+from recipes.embedded.nmt.settings import DEEPER, Corpus, Training
 from recipes.embedded.processes import Command, free_port, loopback_interface
 from recipes.embedded.steps import StepError, digest
+from recipes.embedded.variants import CHECKPOINT, Variant
 
 _ENV = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -31,6 +32,7 @@ class Arm:
         training: the regime; `dropout[name]` is this arm's.
         data: the prepared corpus' folder.
         arms: folder under which the arm's own lies.
+        variant: how the arm `codistill` does it.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Arm:
     training: Training
     data: Path
     arms: Path
+    variant: Variant = CHECKPOINT
 
     @property
     def dropout(self) -> float:
@@ -48,17 +51,20 @@ class Arm:
     def settings(self) -> dict[str, Any]:
         """All that its outcome depends on; the other arms' dropout is no part of it."""
         training = {key: value for key, value in asdict(self.training).items() if key != "dropout"}
-        return {"arm": self.name, "corpus": asdict(self.corpus), "training": training, "dropout": self.dropout}
+        variant = {} if self.variant == CHECKPOINT else {"variant": asdict(self.variant)}
+        same = {"arm": self.name, "corpus": asdict(self.corpus), "training": training, "dropout": self.dropout}
+        return {**same, **variant}
 
     @property
     def folder(self) -> Path:
         """Where the arm keeps its logs and checkpoints."""
-        return self.arms / f"{self.name}-dropout-{self.dropout:g}-{digest(self.settings)}"
+        name = self.name if self.variant == CHECKPOINT else self.variant.name
+        return self.arms / f"{name}-dropout-{self.dropout:g}-{digest(self.settings)}"
 
     @property
     def members(self) -> int:
-        """Models that come out: two peers, or one."""
-        return 2 if self.name == "codistill" else 1
+        """Models that come out: the peers, or one."""
+        return self.variant.peers if self.name == "codistill" else 1
 
     @property
     def workers(self) -> int:
@@ -94,7 +100,8 @@ class Arm:
 
     def _shared(self, member: int) -> list[str]:
         t = self.training
-        sizes = {"layers": t.layers, "embed-dim": t.dim, "ffn-embed-dim": t.ffn, "attention-heads": t.heads}
+        layers = DEEPER if self.variant.unlike and member % 2 else t.layers
+        sizes = {"layers": layers, "embed-dim": t.dim, "ffn-embed-dim": t.ffn, "attention-heads": t.heads}
         argv = [sys.executable, "-m", "fairseq_cli.train", str(self.data / "bin"), "--cpu", "--num-workers", "0"]
         argv += ["--user-dir", user_dir(), "--criterion", "codistill", "--label-smoothing", str(t.label_smoothing)]
         argv += ["--arch", "transformer", "--share-all-embeddings", "--dropout", str(self.dropout)]
@@ -116,7 +123,7 @@ class Arm:
         if self.members > 1:
             argv += ["--codistill-dir", str(self.folder / "exchange"), "--codistill-peer", str(member)]
             argv += ["--codistill-loss", "kl", "--codistill-alpha", str(t.alpha)]
-            argv += ["--codistill-burn-in", str(t.burn_in)]
+            argv += ["--codistill-burn-in", str(t.burn_in), *self.variant.flags]
         return argv
 
     def _data_parallel(self, worker: int, port: int) -> list[str]:

@@ -87,10 +87,10 @@ def demonstrate(data: Path, training: Training, progress: Progress) -> tuple[str
     with exclusive(data / "nmt"):
         corpus = Corpus()
         arms = [_arm(name, data, corpus, training) for name in ARMS]
-        _prepare(data, corpus, progress)
+        prepare_corpus(data, corpus, progress)
         models: list[Model] = []
         for number, arm in enumerate(arms, start=1):
-            seconds = _train(arm, f"[{number}/{len(arms)} {arm.name}]", progress)
+            seconds = train_arm(arm, f"[{number}/{len(arms)} {arm.name}]", progress)
             models += _evaluate(arm, seconds, progress)
         panel = Panel(
             curves={model.name: model.training.valid for model in models},
@@ -109,7 +109,7 @@ def search(data: Path, training: Training, progress: Progress) -> None:
     """Train every arm at every dropout of the grid and compare their validation NLL."""
     with exclusive(data / "nmt"):
         corpus = Corpus()
-        _prepare(data, corpus, progress)
+        prepare_corpus(data, corpus, progress)
         arms = [
             _arm(name, data, corpus, replace(training, dropout={**training.dropout, name: dropout}))
             for name in ARMS
@@ -117,7 +117,7 @@ def search(data: Path, training: Training, progress: Progress) -> None:
         ]
         rows = []
         for number, arm in enumerate(arms, start=1):
-            seconds = _train(arm, f"[{number}/{len(arms)} {arm.name}, dropout {arm.dropout:g}]", progress)
+            seconds = train_arm(arm, f"[{number}/{len(arms)} {arm.name}, dropout {arm.dropout:g}]", progress)
             logs = [results.read_log(arm.log(member)) for member in range(arm.members)]
             best = " ".join(f"{log.best[1]:.3f}" for log in logs)
             at = " ".join(f"{log.best[0]}" for log in logs)
@@ -130,7 +130,7 @@ def _arm(name: str, data: Path, corpus: Corpus, training: Training) -> Arm:
     return Arm(name, corpus, training, data=data / "nmt" / "corpus", arms=data / "nmt" / "arms")
 
 
-def _prepare(data: Path, corpus: Corpus, progress: Progress) -> None:
+def prepare_corpus(data: Path, corpus: Corpus, progress: Progress) -> None:
     progress.say(f"corpus: interface strings of {corpus.package} {corpus.version} (fetched once), subwords, binarising")
     since = time.monotonic()
 
@@ -144,7 +144,7 @@ def _prepare(data: Path, corpus: Corpus, progress: Progress) -> None:
     )
 
 
-def _train(arm: Arm, label: str, progress: Progress) -> float:
+def train_arm(arm: Arm, label: str, progress: Progress) -> float:
     """Train the arm unless that is done; return the wall time it took, in seconds."""
 
     def build(folder: Path) -> Mapping[str, float]:

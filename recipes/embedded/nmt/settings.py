@@ -54,3 +54,4 @@ class Training:
 
 
 GRID = (0.1, 0.2, 0.3)
+DEEPER = 3  # layers of every second peer, where peers are unlike

@@ -15,7 +15,8 @@ from typing import Any
 
 from recipes.embedded.processes import Command, loopback_interface
 from recipes.embedded.steps import digest
-from recipes.embedded.vision.settings import SCANS, Training
+from recipes.embedded.variants import CHECKPOINT, Variant
+from recipes.embedded.vision.settings import DEEPER, SCANS, Training
 
 SCRIPT = Path(__file__).with_name("train.py")
 _ENV = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -31,6 +32,7 @@ class Arm:
         training: the regime; `lr[name]` is this arm's.
         data: the digits as an ImageFolder.
         arms: folder under which the arm's own lies.
+        variant: how the arm `codistill` does it.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Arm:
     training: Training
     data: Path
     arms: Path
+    variant: Variant = CHECKPOINT
 
     @property
     def lr(self) -> float:
@@ -48,17 +51,19 @@ class Arm:
     def settings(self) -> dict[str, Any]:
         """All that its outcome depends on; the other arms' learning rates are no part of it."""
         training = {key: value for key, value in asdict(self.training).items() if key != "lr"}
-        return {"arm": self.name, "seed": self.seed, "training": training, "lr": self.lr}
+        variant = {} if self.variant == CHECKPOINT else {"variant": asdict(self.variant)}
+        return {"arm": self.name, "seed": self.seed, "training": training, "lr": self.lr, **variant}
 
     @property
     def folder(self) -> Path:
         """Where the arm keeps its logs and checkpoints."""
-        return self.arms / f"{self.name}-lr-{self.lr:g}-seed-{self.seed}-{digest(self.settings)}"
+        name = self.name if self.variant == CHECKPOINT else self.variant.name
+        return self.arms / f"{name}-lr-{self.lr:g}-seed-{self.seed}-{digest(self.settings)}"
 
     @property
     def members(self) -> int:
-        """Models that come out: two peers, or one."""
-        return 2 if self.name == "codistill" else 1
+        """Models that come out: the peers, or one."""
+        return self.variant.peers if self.name == "codistill" else 1
 
     @property
     def workers(self) -> int:
@@ -96,7 +101,8 @@ class Arm:
         t = self.training
         epochs = t.updates // self.updates_per_epoch
         argv = ["--data-dir", str(self.data), "--device", "cpu", "--workers", "0", "--no-aug", "--smoothing", "0"]
-        argv += ["--model", t.model, "--num-classes", "10", "--input-size", "3", str(t.pixels), str(t.pixels)]
+        model = DEEPER if self.variant.unlike and member % 2 else t.model
+        argv += ["--model", model, "--num-classes", "10", "--input-size", "3", str(t.pixels), str(t.pixels)]
         argv += ["--model-kwargs", "channels=" + repr(t.channels).replace(" ", ""), f"stem_width={t.stem}"]
         argv += [f"pretrained_cfg_overlay={{'crop_pct':{t.crop}}}"]
         argv += ["--opt", "sgd", "--lr", str(self.lr), "--weight-decay", str(t.weight_decay)]
@@ -112,5 +118,5 @@ class Arm:
         if self.members > 1:
             argv += ["--codistill-dir", str(self.folder / "exchange"), "--codistill-peer", str(member)]
             argv += ["--codistill-loss", t.loss, "--codistill-alpha", str(t.alpha)]
-            argv += ["--codistill-burn-in", str(t.burn_in)]
+            argv += ["--codistill-burn-in", str(t.burn_in), *self.variant.flags]
         return argv

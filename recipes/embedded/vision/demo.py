@@ -100,13 +100,13 @@ def demonstrate(data: Path, training: Training, progress: Progress) -> tuple[str
         The table with its notes, and the validation curves.
     """
     with exclusive(data / "vision"):
-        digits = _prepare(data, progress)
+        digits = prepare_digits(data, progress)
         trainings = [(name, seed) for name in ARMS for seed in SEEDS]
         arms = [Arm(name, seed, training, digits, data / "vision" / "arms") for name, seed in trainings]
         runs: dict[str, list[list[Run]]] = {name: [] for name in ARMS}
         for number, arm in enumerate(arms, start=1):
-            seconds = _train(arm, f"[{number}/{len(arms)} {arm.name}, seed {arm.seed}]", progress)
-            runs[arm.name].append(_read(arm, seconds))
+            seconds = train_arm(arm, f"[{number}/{len(arms)} {arm.name}, seed {arm.seed}]", progress)
+            runs[arm.name].append(read_arm(arm, seconds))
         models = [
             Model(NAMES[name].format(member), same, name == "all_reduce")
             for name, seeds in runs.items()
@@ -122,7 +122,7 @@ def demonstrate(data: Path, training: Training, progress: Progress) -> tuple[str
 def search(data: Path, training: Training, progress: Progress) -> None:
     """Train every arm at every learning rate of the grid, from the grid's seeds, and compare their top-1."""
     with exclusive(data / "vision"):
-        digits = _prepare(data, progress)
+        digits = prepare_digits(data, progress)
         cells = [(name, lr) for name in ARMS for lr in GRID]
         rows = []
         for number, (name, lr) in enumerate(cells, start=1):
@@ -131,7 +131,7 @@ def search(data: Path, training: Training, progress: Progress) -> None:
                 chosen = replace(training, lr={**training.lr, name: lr})
                 arm = Arm(name, seed, chosen, digits, data / "vision" / "arms")
                 label = f"[{number}/{len(cells)} {name}, learning rate {lr:g}, seed {seed}]"
-                runs += _read(arm, _train(arm, label, progress))
+                runs += read_arm(arm, train_arm(arm, label, progress))
             best = spread([results.best(run.validations) for run in runs], 1)
             end = spread([run.end.top1 for run in runs], 1)
             rows.append([name, f"{lr:g}", best, end, spread([run.end.loss for run in runs], 3)])
@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _prepare(data: Path, progress: Progress) -> Path:
+def prepare_digits(data: Path, progress: Progress) -> Path:
     from recipes.embedded.vision.data import write_digits  # imports scikit-learn, which --help need not wait for
 
     folder = write_digits(data / "vision" / "digits")
@@ -166,7 +166,7 @@ def _prepare(data: Path, progress: Progress) -> Path:
     return folder
 
 
-def _train(arm: Arm, label: str, progress: Progress) -> float:
+def train_arm(arm: Arm, label: str, progress: Progress) -> float:
     """Train the arm unless that is done; return the wall time it took, in seconds."""
 
     def build(folder: Path) -> Mapping[str, float]:
@@ -200,7 +200,7 @@ def _validations(arm: Arm, member: int) -> list[results.Validation]:
     return results.read_summary(arm.save_dir(member) / "summary.csv", arm.updates_per_epoch, every)
 
 
-def _read(arm: Arm, seconds: float) -> list[Run]:
+def read_arm(arm: Arm, seconds: float) -> list[Run]:
     runs = []
     for member in range(arm.members):
         metrics = measures.read_metrics(arm.save_dir(member) / "metrics.jsonl")

@@ -11,6 +11,7 @@ GRID = (0.01, 0.03, 0.1)
 GRID_SEEDS = SEEDS[:3]
 SCANS = 1437  # in the training split that `data.write_digits` makes of scikit-learn's digits
 VALIDATION = 360
+DEEPER = "resnet14t"  # the model of every second peer, where peers are unlike
 
 
 @dataclass(frozen=True)
