@@ -21,6 +21,7 @@ _HOMES = {
     "Piecewise": "codistill.schedules",
     "Position": "codistill.exchange.protocol",
     "WeightDecay": "codistill.weight_decay",
+    "fingerprint": "codistill.output_space",
     "flag": "codistill.config",
     "kept_items": "codistill.data",
     "shard": "codistill.data",

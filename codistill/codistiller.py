@@ -21,9 +21,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from codistill.config import CodistillConfig, ConfigError
-from codistill.exchange.architectures import Architecture, Architectures
-from codistill.exchange.checkpoints import CheckpointExchange
+from codistill.exchange.checkpoint.architectures import Architecture, Architectures
+from codistill.exchange.checkpoint.checkpoints import CheckpointExchange
 from codistill.exchange.membership import Identity
+from codistill.exchange.prediction.predictions import PredictionExchange
 from codistill.exchange.protocol import Exchange, Position
 from codistill.exchange.snapshot import distinct, weights_hash
 from codistill.losses import Distilled, distill
@@ -132,7 +133,12 @@ class Codistiller:
             Where in the data to go on after this micro-batch (or as soon as the update is done), when some has to be
             skipped to meet the other peers there.
         """
-        return None if self._exchange is None else self._exchange.begin_batch(position)
+        if self._exchange is None:
+            return None
+        began = time.perf_counter()
+        target = self._exchange.begin_batch(position)
+        self._seconds += time.perf_counter() - began
+        return target
 
     @property
     def active(self) -> bool:
@@ -158,7 +164,10 @@ class Codistiller:
             The sum over positions of the mean over peers of D, with what goes with it.
         """
         assert self._exchange is not None, "there is no penalty while the codistiller is not active"
+        began = time.perf_counter()
         peers = self._exchange.predictions(own.detach(), forward, inputs, self._update or 0)
+        if self.config.coordinated:  # the wait for others; a peer's own forward pass counts as training
+            self._seconds += time.perf_counter() - began
         found = distill(own, peers, loss=self.config.loss, temperature=self.config.temperature, mask=mask)
         with torch.no_grad():
             sums = torch.stack(
@@ -233,15 +242,13 @@ class Codistiller:
             self._init_hash = weights_hash(state)
             if self._workers.first:
                 self._record_initial_weights(self._distance, state)
-        if self.config.peers == 1:
+        by_prediction = self.config.exchange == "prediction"
+        if self.config.peers == 1 or (by_prediction and not self.config.coordinated):
             return
-        exchange = self._exchange = CheckpointExchange(
-            self.config,
-            self._workers,
-            self._save_dir,
-            self._published_state or self._state,
-            self._architectures(state),
-            self._incidents,
+        exchange = self._exchange = (
+            PredictionExchange(self.config, self._workers, self._save_dir, self._incidents)
+            if by_prediction
+            else self._by_checkpoint(self._workers, state)
         )
         exchange.load_state_dict(self._restored.get("in_use", {}))
         terms = {name: getattr(self.config, name) for name in AGREED} | {"output": self._fingerprint}
@@ -253,6 +260,16 @@ class Codistiller:
         except WorkersLost as error:
             exchange.end_without_workers(error)
         self._termination.install()
+
+    def _by_checkpoint(self, workers: Workers, state: Mapping[str, Tensor]) -> Exchange:
+        return CheckpointExchange(
+            self.config,
+            workers,
+            self._save_dir,
+            self._published_state or self._state,
+            self._architectures(state),
+            self._incidents,
+        )
 
     def _architectures(self, state: Mapping[str, Tensor]) -> Architectures:
         try:
@@ -272,7 +289,8 @@ class Codistiller:
 
     def _boundary(self, update: int, epoch: int) -> None:
         self._settle_sums()
-        if (self._exchange is None or self._published_state) and self._workers is not None and self._workers.first:
+        published = self._exchange is not None and self.config.exchange == "checkpoint"
+        if (not published or self._published_state) and self._workers is not None and self._workers.first:
             self._measure_distance(self._state())
         if self._exchange is not None:
             self._exchange.boundary(update, epoch, self.metrics())

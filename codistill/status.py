@@ -171,15 +171,16 @@ def judge(sight: Sight, patience: float) -> list[Row]:
         patience: seconds without a new heartbeat after which a peer is late.
     """
     equal = _equal_starts(sight.seen)
-    rows = [_row(peer, seen, equal.get(peer), sight.now, patience) for peer, seen in sight.seen.items()]
+    publishes = sight.terms.everything.get("exchange") != "prediction"
+    rows = [_row(peer, seen, equal.get(peer), sight.now, patience, publishes) for peer, seen in sight.seen.items()]
     usable = {row.peer: row.update for row in rows if row.update is not None and row.state != "refused"}
     front = max(usable.values(), default=0)
     return [replace(row, behind=front - usable[row.peer]) if row.peer in usable else row for row in rows]
 
 
-def _row(peer: int, seen: Seen, equal: Optional[Refused], now: float, patience: float) -> Row:
+def _row(peer: int, seen: Seen, equal: Optional[Refused], now: float, patience: float, publishes: bool) -> Row:
     refusal = seen.refusal or equal
-    state, why = ("refused", str(refusal)) if refusal is not None else _state(seen, now, patience)
+    state, why = ("refused", str(refusal)) if refusal is not None else _state(seen, now, patience, publishes)
     row = Row(peer, state, why, refusal.cause if refusal is not None else None)
     if seen.latest is None:
         return row
@@ -200,17 +201,17 @@ def _row(peer: int, seen: Seen, equal: Optional[Refused], now: float, patience: 
     )
 
 
-def _state(seen: Seen, now: float, patience: float) -> tuple[str, str]:
-    """The state of a peer that nobody refuses, and why."""
+def _state(seen: Seen, now: float, patience: float, publishes: bool) -> tuple[str, str]:
+    """The state of a peer that nobody refuses, and why; with exchange by prediction nobody `publishes` snapshots."""
     latest, silent = seen.latest, now - seen.since
     if latest is None:
         return "missing", "it has not spoken yet"
     if latest.closed:
-        final = latest.manifest is not None and latest.manifest.final
+        final = not publishes or (latest.manifest is not None and latest.manifest.final)
         return "finished", "" if final else "without a final snapshot: the others will find its last one stale"
     if not seen.beating or silent > patience:
         return "late", f"no heartbeat in {silent:.0f} s"
-    return "alive", "" if latest.manifest else "it has published no snapshot yet"
+    return "alive", "" if latest.manifest or not publishes else "it has published no snapshot yet"
 
 
 def _equal_starts(seen: Mapping[int, Seen]) -> dict[int, Refused]:

@@ -17,6 +17,8 @@ class Topology:
 
     Attributes:
         reads: how many others this peer learns from at a time.
+        reads_all: whether these are all there are.
+        draws: whether the preference is another in every interval.
     """
 
     def __init__(self, name: str, *, peer: int, peers: int, seed: str) -> None:
@@ -32,13 +34,24 @@ class Topology:
         assert drawn is not None, f"{name} is no topology"
         others = peers - 1
         self.reads = {"all": others, "ring": min(1, others)}.get(name) or min(int(drawn[1] or 1), others)
-        self._random = drawn[1] is not None
+        self.reads_all = self.reads == others
+        self.draws = drawn[1] is not None and not self.reads_all
         self._peer, self._peers, self._seed = peer, peers, seed
+
+    @property
+    def others(self) -> list[int]:
+        """All other peers, from the one before us backwards around the ring."""
+        return [(self._peer - step) % self._peers for step in range(1, self._peers)]
+
+    @property
+    def readers(self) -> list[int]:
+        """The peers that may learn from us while nobody is passed over."""
+        return self.others if self.draws or self.reads_all else [(self._peer + 1) % self._peers]
 
     def preference(self, interval: int) -> list[int]:
         """All other peers, in the order in which they are to be learnt from in the `interval`-th interval."""
-        before = [(self._peer - step) % self._peers for step in range(1, self._peers)]
-        if self._random:
+        preferred = self.others
+        if self.draws:
             digest = hashlib.sha256(f"{self._seed} {self._peer} {interval}".encode()).digest()
-            random.Random(digest).shuffle(before)
-        return before
+            random.Random(digest).shuffle(preferred)
+        return preferred

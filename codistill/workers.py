@@ -15,10 +15,12 @@ import tempfile
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
+
+from codistill.config import ConfigError
 
 
 class WorkersLost(RuntimeError):
@@ -71,6 +73,22 @@ class Workers:
         tensor = torch.tensor(list(values), dtype=torch.int64)
         self._run(lambda: dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=self._group))
         return tensor.tolist()
+
+    def together(self, action: Callable[[], None]) -> None:
+        """Do it on every worker; when one of them fails, all do.
+
+        Raises:
+            ConfigError: another worker failed; what this one raised comes as it is.
+            WorkersLost: a worker did not come.
+        """
+        refusal: Optional[Exception] = None
+        try:
+            action()
+        except Exception as error:
+            refusal = error
+        [fine] = self.minimum([refusal is None])
+        if not fine:
+            raise refusal or ConfigError("another worker of this peer could not join the run; its message says why")
 
     def close(self) -> None:
         """Leave the group, on one's own: a worker that waits for this one learns of it now, not after the time-out."""

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from codistill import CodistillConfig, Codistiller
-from codistill.exchange import fetcher, membership, publisher
+from codistill.exchange import membership, publisher
+from codistill.exchange.checkpoint import fetcher
 from codistill.exchange.manifest import Latest, Manifest, Reference
 from codistill.exchange.membership import Identity, Membership
 from codistill.exchange.objects import Objects

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Optional
+from typing import Any, Optional, Protocol
 
 from codistill.exchange import strict_json
 from codistill.exchange.errors import Refused
@@ -120,7 +120,7 @@ class Manifest:
 
     @classmethod
     def _from(cls, plain: dict[str, Any]) -> Manifest:
-        take = _Taker("manifest", plain, {field.name for field in fields(cls)})
+        take = Taker("manifest", plain, {field.name for field in fields(cls)})
         update = take.count("update")
         return cls(
             run=take.text("run", RUN_ID),
@@ -180,7 +180,7 @@ class Latest:
     def parse(cls, data: bytes) -> Latest:
         """Read the document, or raise `Refused` ("size", "format", "run" or "peer")."""
         plain = strict_json.loads(data, limit=LATEST_BYTES, depth=strict_json.DEPTH + 1)
-        take = _Taker("latest.json", plain, {field.name for field in fields(cls)})
+        take = Taker("latest.json", plain, {field.name for field in fields(cls)})
         inner = take.optional("manifest", dict)
         latest = cls(
             peer=take.count("peer"),
@@ -198,7 +198,19 @@ class Latest:
         return latest
 
 
-def same_place(document: Manifest | Latest, run: str, peer: int) -> None:
+class Placed(Protocol):
+    """A document that says where it belongs."""
+
+    @property
+    def run(self) -> str:
+        """Run identifier."""
+
+    @property
+    def peer(self) -> int:
+        """Number of the peer."""
+
+
+def same_place(document: Placed, run: str, peer: int) -> None:
     """Refuse ("run" or "peer") a document that does not belong where it was read from."""
     if document.run != run:
         raise Refused("run", f"a document of run {document.run} stands where run {run} keeps its own")
@@ -206,7 +218,7 @@ def same_place(document: Manifest | Latest, run: str, peer: int) -> None:
         raise Refused("peer", f"a document of peer {document.peer} stands where peer {peer} keeps its own")
 
 
-class _Taker:
+class Taker:
     """Takes checked values out of a parsed object; each method raises Refused("format") naming the key."""
 
     def __init__(self, what: str, plain: dict[str, Any], names: set[str]) -> None:
@@ -222,48 +234,56 @@ class _Taker:
         return Refused("format", f"{self._what}: {key}: {allowed} is expected, not {self._plain[key]!r:.60}")
 
     def count(self, key: str, at_least: int = 0) -> int:
+        """A whole number."""
         value = self._plain[key]
         if type(value) is not int or not at_least <= value <= MOST:
             raise self._bad(key, f"an integer from {at_least} to {MOST}")
         return value
 
     def flag(self, key: str) -> bool:
+        """A truth value."""
         value = self._plain[key]
         if not isinstance(value, bool):
             raise self._bad(key, "true or false")
         return value
 
     def text(self, key: str, pattern: re.Pattern[str]) -> str:
+        """A text of the given form."""
         value = self._plain[key]
         if not isinstance(value, str) or not pattern.fullmatch(value):
             raise self._bad(key, "64 hex digits" if pattern is _HEX else f"text like {pattern.pattern}")
         return value
 
     def choice(self, key: str, allowed: tuple[str, ...]) -> str:
+        """One of the texts allowed."""
         value = self._plain[key]
         if value not in allowed:
             raise self._bad(key, " or ".join(allowed))
         return value
 
     def payload(self, key: str, update: int) -> str:
+        """The name of an update's payload."""
         value = self.text(key, _PAYLOAD)
         if not value.startswith(f"{update}-"):
             raise self._bad(key, f"a name starting with {update}-")
         return value
 
     def optional(self, key: str, kind: type) -> Any:
+        """A value of the given type, or None."""
         value = self._plain[key]
         if value is not None and not isinstance(value, kind):
             raise self._bad(key, "an object or null")
         return value
 
     def small(self, key: str, limit: int) -> Any:
+        """An object of at most `limit` bytes as JSON, or None."""
         value = self.optional(key, dict)
         if value is not None and len(strict_json.dumps(value)) > limit:
             raise Refused("format", f"{self._what}: {key}: an object of at most {limit} bytes is expected")
         return value
 
     def metrics(self, key: str) -> dict[str, float]:
+        """Numbers by name."""
         value = self._plain[key]
         if not isinstance(value, dict) or len(value) > _METRICS:
             raise self._bad(key, f"an object of at most {_METRICS} numbers")
@@ -272,6 +292,7 @@ class _Taker:
         return {name: float(number) for name, number in value.items()}
 
     def references(self, key: str) -> tuple[Reference, ...]:
+        """A list of references."""
         value = self._plain[key]
         if not isinstance(value, list) or len(value) > RETAINED or not all(map(_is_reference, value)):
             raise self._bad(key, f"a list of at most {RETAINED} [incarnation, update, sequence]")

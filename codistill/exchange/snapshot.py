@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -179,13 +179,23 @@ def distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {}
     for name in sorted(state):
         tensor = state[name]
-        if tensor.layout == torch.strided and tensor.data_ptr() != 0:  # 0: no elements, or no data, but not tied
-            key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        place = _place(tensor)
+        if place is not None:
+            key = (tensor.device, place, tensor.dtype, tensor.shape, tensor.stride())
             if key in seen:
                 continue
             seen.add(key)
         found[name] = tensor
     return found
+
+
+def _place(tensor: Tensor) -> Optional[tuple[int, int]]:
+    """Where its elements lie, or on the meta device would lie; None when they lie nowhere, tied to nothing."""
+    if tensor.layout != torch.strided or tensor.numel() == 0:
+        return None
+    if tensor.is_meta:  # all have the address 0 there
+        return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
+    return (tensor.data_ptr(), 0) if tensor.data_ptr() else None
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:

@@ -1,9 +1,9 @@
 """The keys of format 1, and what may happen to each.
 
-Everything but `latest.json` is written once and never again under that name; a payload stands before its manifest,
-and both before the `latest.json` that names them, so that whoever reads a name finds what it promises or, after
-pruning, nothing. No operation lists. What is read is verified down to the payload's digest; what it means is for the
-caller. Failures are `StorageError`, contents that are not acceptable are `Refused`.
+Everything but `latest.json` and `meeting.json` is written once and never again under that name; a payload stands before
+its manifest, and both before the `latest.json` that names them, so that whoever reads a name finds what it promises or,
+after pruning, nothing. No operation lists. What is read is verified down to the payload's digest; what it means is for
+the caller. Failures are `StorageError`, contents that are not acceptable are `Refused`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class RunStore:
         theirs = self.terms()
         if theirs is None:
             raise StorageError("storage", f"{key} exists but cannot be read")
-        _compare(self.run, theirs, strict_json.loads(mine)["terms"])
+        compare_terms(self.run, theirs, strict_json.loads(mine)["terms"])
 
     def terms(self) -> Optional[dict[str, Any]]:
         """Return what all peers have agreed on, or None when there is no such run.
@@ -127,6 +127,14 @@ class RunStore:
         if latest.manifest is not None:
             latest = replace(latest, manifest=self._signed(latest.manifest))
         self.objects.put(f"{self._peer(latest.peer)}/latest.json", latest.to_json())
+
+    def put_meeting(self, peer: int, document: bytes) -> None:
+        """Overwrite in one put what the peer says to those it exchanges predictions with."""
+        self.objects.put(f"{self._peer(peer)}/meeting.json", document)
+
+    def meeting(self, peer: int) -> Optional[bytes]:
+        """Return what the peer says to those it exchanges predictions with, unread; None while it says nothing."""
+        return self.objects.get(f"{self._peer(peer)}/meeting.json", limit=MANIFEST_BYTES)
 
     def put_snapshot(self, manifest: Manifest, payload: Any) -> None:
         """Write the payload (bytes-like), then its manifest, signed here; fine to do again after a failure.
@@ -220,7 +228,8 @@ class RunStore:
         return f"{self._folder(peer, reference.incarnation)}/{reference.update}.json"
 
 
-def _compare(run: str, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+def compare_terms(run: str, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Raise `Refused` ("terms"), naming the first term that differs, unless both are the same."""
     for name in sorted(theirs.keys() | mine.keys()):
         there, here = (
             json.dumps(terms[name], sort_keys=True) if name in terms else "nothing" for terms in (theirs, mine)

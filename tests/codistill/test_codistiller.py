@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from codistill import KEYS, ConfigError, ExchangeFailed
-from codistill.exchange.fetcher import snapshot_file
+from codistill.exchange.checkpoint.fetcher import snapshot_file
 from codistill.exchange.objects import Objects
 from codistill.exchange.store import RunStore
 from codistill.meters import INITIAL_WEIGHTS, METRICS_FILE

@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codistill.exchange import peer_modules, publisher
+from codistill.exchange import publisher
+from codistill.exchange.checkpoint import peer_modules
 from codistill.exchange.errors import StorageError
 from codistill.exchange.objects import Objects
 from codistill.exchange.snapshot import HostBuffer, Template

@@ -20,9 +20,9 @@ import torch
 from obstore.store import MemoryStore
 
 from codistill.exchange import strict_json
+from codistill.exchange.checkpoint.meeting import Proposal, decode, encode
 from codistill.exchange.errors import Refused
 from codistill.exchange.manifest import Latest, Manifest, Reference
-from codistill.exchange.meeting import Proposal, decode, encode
 from codistill.exchange.objects import Objects
 from codistill.exchange.snapshot import HostBuffer, Template
 from codistill.exchange.store import RunStore
@@ -181,12 +181,12 @@ def _header(data: bytes) -> tuple[bytes, bytes]:
 
 
 def _proposal_seeds() -> list[bytes]:
-    proposals = [None, Proposal.of(make_manifest()), Proposal(3, Reference(1, 2, 3), "8f" * 32, True)]
-    return [_proposal_bytes(proposal) for proposal in proposals]
+    proposals = [Proposal.of(make_manifest()), Proposal(3, Reference(1, 2, 3), "8f" * 32, True)]
+    return [_proposal_bytes((3, None)), *(_proposal_bytes((proposal.peer, proposal)) for proposal in proposals)]
 
 
-def _proposal_bytes(proposal: Proposal | None) -> bytes:
-    return struct.pack("<8q", *encode(proposal))
+def _proposal_bytes(place: tuple[int, Proposal | None]) -> bytes:
+    return struct.pack("<9q", *encode(*place))
 
 
 def _latest_seeds() -> list[bytes]:
@@ -221,10 +221,10 @@ def targets(folder: Path) -> dict[str, Target]:
             lambda text, rest: len(text).to_bytes(8, "little") + text + rest,
         ),
         "proposal": Target(
-            lambda data: decode(3, struct.unpack("<8q", data[:64].ljust(64, b"\0"))),
+            lambda data: decode(struct.unpack("<9q", data[:72].ljust(72, b"\0"))),
             _proposal_bytes,
             _proposal_seeds,
-            64,
+            72,
             None,
         ),
     }

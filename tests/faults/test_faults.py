@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from codistill.exchange import peer_modules, publisher
+from codistill.exchange import publisher
+from codistill.exchange.checkpoint import peer_modules
 from codistill.exchange.errors import StorageError
 from codistill.exchange.objects import Objects
 from codistill.exchange.snapshot import HostBuffer, Template

@@ -25,9 +25,9 @@ from typing import Any
 import pytest
 import torch
 
-from codistill.exchange import fetcher as fetcher_module
+from codistill.exchange.checkpoint import fetcher as fetcher_module
+from codistill.exchange.checkpoint.fetcher import NEWEST, Fetcher, Wish, snapshot_file
 from codistill.exchange.errors import Refused
-from codistill.exchange.fetcher import NEWEST, Fetcher, Wish, snapshot_file
 from codistill.exchange.manifest import LATEST_BYTES, MANIFEST_BYTES, MOST, Manifest, Reference
 from codistill.exchange.objects import Objects
 from codistill.exchange.snapshot import HostBuffer, Template
@@ -685,8 +685,8 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 import torch
-from codistill.exchange import fetcher as module
-from codistill.exchange.fetcher import NEWEST, Fetcher
+from codistill.exchange.checkpoint import fetcher as module
+from codistill.exchange.checkpoint.fetcher import NEWEST, Fetcher
 from codistill.exchange.objects import Objects
 from codistill.exchange.snapshot import Template
 from codistill.exchange.store import RunStore

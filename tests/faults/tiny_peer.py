@@ -34,7 +34,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from codistill import CodistillConfig, Codistiller
-from codistill.exchange import fetcher, membership, publisher
+from codistill.exchange import membership, publisher
+from codistill.exchange.checkpoint import fetcher
 from tests.faults.faults import KINDS, Fault, Faults, read_log
 from tests.fixtures_peers import CLASSES, FINGERPRINT, Tiny
 
@@ -423,12 +424,15 @@ class Process:
             select.select([self._handle], [], [], seconds)
         return not self.running()
 
-    def kill(self) -> None:
-        """SIGKILL; returns when it is gone."""
+    def send(self, number: signal.Signals) -> None:
         if self.running():
             with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._handle, signal.SIGKILL)
-            self.wait(10)
+                signal.pidfd_send_signal(self._handle, number)
+
+    def kill(self) -> None:
+        """SIGKILL; returns when it is gone."""
+        self.send(signal.SIGKILL)
+        self.wait(10)
 
 
 class Starter:
@@ -485,6 +489,10 @@ class PeerProcesses:
     def kill(self) -> None:
         for process in self._processes:
             process.kill()
+
+    def send(self, number: signal.Signals) -> None:
+        for process in self._processes:
+            process.send(number)
 
     def running(self) -> bool:
         return any(process.running() for process in self._processes)

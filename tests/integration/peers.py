@@ -38,6 +38,17 @@ def used(training: Training) -> int:
     return int(lines[-1]["peers"]) if lines else 0
 
 
+def learns_on(training: Any, times: int = 1) -> Callable[[], bool]:
+    """Whether from now on it takes up so many snapshots more: a condition for `until`."""
+    before = len(_taken_up(training))
+    return lambda: len(_taken_up(training)) >= before + times
+
+
+def _taken_up(training: Any) -> set[int]:
+    """The boundaries at which something new was in use, by its metrics."""
+    return {line["received"] for line in training.metrics() if line["peers"] and line["staleness"] == 0}
+
+
 def penalised(training: Training, rank: int = 0, since: int = 0) -> list[int]:
     """The updates, from `since` on, in which something was added to the host's loss."""
     return [update for update, added in training.penalties(rank).items() if added and update >= since]

@@ -7,8 +7,8 @@ import logging
 import pytest
 
 from codistill import ConfigError
+from codistill.exchange.checkpoint.fetcher import NEWEST, Fetcher
 from codistill.exchange.errors import Refused
-from codistill.exchange.fetcher import NEWEST, Fetcher
 from codistill.exchange.manifest import Manifest
 from codistill.exchange.signing import signing_key
 from codistill.exchange.snapshot import Template

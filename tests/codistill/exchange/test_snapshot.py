@@ -131,6 +131,13 @@ def test_any_shapes_and_dtypes_survive_the_round_trip(tmp_path, shapes, kinds, d
     assert all(tensor.data_ptr() % tensor.element_size() == 0 for tensor in tensors.values())
 
 
+def test_what_is_tied_is_known_without_storage_too():
+    with torch.device("meta"):
+        tied, apart = Tied().state_dict(), nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]).state_dict()
+    assert distinct(tied).keys() == distinct(Tied().state_dict()).keys() == {"embed.weight"}
+    assert distinct(apart).keys() == apart.keys()
+
+
 def test_tied_tensors_travel_once_under_their_first_name(tmp_path):
     state = Tied().state_dict()
     assert list(distinct(state)) == ["embed.weight"]

@@ -27,6 +27,7 @@ from codistill.random_state import untouched_generators
 
 TIMES_OURS = 32  # most values in a peer's model, in those of ours
 MODULES = 100_000  # most modules in it
+KINDS = 64  # kept at a time: a peer may say something new with every snapshot
 LARGEST = 2**20  # no number among the arguments may be larger: a constructor may loop before it makes anything
 
 Architecture = Mapping[str, Any]  # name: of a registry; arguments: JSON
@@ -85,6 +86,8 @@ class Architectures:
         if known is None:
             with self._refusing(architecture), torch.device("meta"), _bounded(self._values):
                 known = Template(self._built(architecture).state_dict(), self._dtype)
+            if len(self._unlike) >= KINDS:
+                self._unlike.clear()
             self._unlike[_text(architecture)] = known
         return known
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from codistill.exchange import architectures as module
-from codistill.exchange.architectures import LARGEST, TIMES_OURS, Architectures
+from codistill.exchange.checkpoint import architectures as module
+from codistill.exchange.checkpoint.architectures import LARGEST, TIMES_OURS, Architectures
 from codistill.exchange.errors import Refused
 from codistill.exchange.snapshot import HostBuffer
 from tests.fixtures_peers import CLASSES, peers, quick_exchange  # noqa: F401
@@ -161,3 +161,12 @@ def test_a_peer_of_another_architecture_is_taken_up_and_predicts(peers):  # noqa
     assert one.metrics()["peers"] == 1
     assert one.metrics()["incidents"] == 0
     assert other.causes().keys() == {"architecture"}
+
+
+def test_a_peer_that_says_something_new_each_time_fills_no_memory(monkeypatch):
+    monkeypatch.setattr(module, "KINDS", 3)
+    found = known()
+    for depth in range(1, 10):
+        architecture = {"name": "deep", "arguments": {"depth": depth}}
+        assert found.template(architecture) is found.template(architecture)
+        assert len(found._unlike) <= 3

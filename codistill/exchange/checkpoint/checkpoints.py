@@ -7,7 +7,6 @@ are too stale, and training goes on.
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import tempfile
 import time
@@ -18,18 +17,17 @@ from typing import Any, Optional
 from torch import Tensor, nn
 
 from codistill.config import CodistillConfig, ConfigError, flag
-from codistill.exchange.architectures import Architecture, Architectures
-from codistill.exchange.errors import ExchangeError, Refused, StorageError
-from codistill.exchange.fetcher import HURRIED_SECONDS, NEWEST, Fetcher, Wish, read_architecture, snapshot_file
-from codistill.exchange.meeting import Proposal, Readiness, meet
-from codistill.exchange.membership import Identity, Membership, owner_token
-from codistill.exchange.objects import Objects, without_credentials
-from codistill.exchange.peer_modules import InUse, PeerModules, held_before
+from codistill.exchange.checkpoint.architectures import Architectures
+from codistill.exchange.checkpoint.fetcher import NEWEST, Fetcher, Wish
+from codistill.exchange.checkpoint.joining import Joining
+from codistill.exchange.checkpoint.neighbours import Neighbours
+from codistill.exchange.checkpoint.peer_modules import InUse, PeerModules, held_before
+from codistill.exchange.checkpoint.uptake import Uptake
+from codistill.exchange.membership import Identity
 from codistill.exchange.protocol import Position
 from codistill.exchange.publisher import Publisher
-from codistill.exchange.signing import KEY, signing_key
-from codistill.exchange.store import RunStore
 from codistill.meters import Incidents
+from codistill.topology import Topology
 from codistill.workers import Workers, WorkersLost
 
 STORE_SECONDS = 60.0  # longest wait for the store before the first update
@@ -59,18 +57,17 @@ class CheckpointExchange:
         """
         self._config, self._workers, self._save_dir = config, workers, save_dir
         self._state, self._incidents = state, incidents
-        self._others = [peer for peer in range(config.peers) if peer != config.peer]
-        self._key: Optional[bytes] = None
-        self._token = ""
-        self._store: Optional[RunStore] = None
+        self._topology = Topology(config.topology, peer=config.peer, peers=config.peers, seed=config.run_id)
         self._folder = Path(tempfile.gettempdir())
         self._architectures = architectures
         self._publisher: Optional[Publisher] = None
         self._fetcher: Optional[Fetcher] = None
-        self._modules = PeerModules(architectures, config.staleness_bound, incidents)
+        self._neighbours: Optional[Neighbours] = None  # worker 0's choice
+        places = self._topology.reads
+        self._modules = PeerModules(architectures, places, config.staleness_bound, incidents)
+        self._uptake = Uptake(config, workers, places, self._modules, architectures, incidents)
         self._before: dict[int, InUse] = {}  # what a checkpoint says was in use
-        self._pending: dict[int, Proposal] = {}
-        self._opened: dict[int, tuple[Optional[Architecture], dict[str, Tensor]]] = {}
+        self._ahead = config.sync  # nothing is left to do before the next boundary
         self._over = False
 
     def start(
@@ -92,22 +89,26 @@ class CheckpointExchange:
             ConfigError: the dir cannot be opened, the run has other terms, the number is taken, the signing key in the
                 environment is unusable, or a synchronous run cannot be resumed from here.
         """
-        self._together(self._prepare)
-        [number] = self._workers.share([int(self._token[:15] or "0", 16)])
-        self._folder = Path(tempfile.gettempdir()) / f"codistill-{number:015x}"
-        agreed = {**terms, KEY: "set"} if self._key is not None else terms
+        joining = Joining(self._config, self._workers, self._save_dir, self._incidents)
+        self._folder = joining.folder
 
         def enter() -> None:
             if self._workers.first:
-                self._join(identity, agreed, update, on_buffer)
+                floor = self._needed_from(update)
+                self._publisher = joining.publisher(identity, terms, floor, self._lowest_floor, on_buffer)
             if self._workers.fetches:
-                self._start_fetcher(identity)
+                self._fetcher = joining.fetcher(identity, self._architectures, self._topology)
 
-        self._together(enter)
+        self._workers.together(enter)
+        self._uptake.reads_from(self._folder, self._fetcher)
+        if self._guide is not None:
+            self._neighbours = Neighbours(self._config, self._topology, self._guide.presence)
         self._take_up_again(update)
 
     def begin_update(self, update: int, *, willing: bool) -> None:
-        """Nothing to do between two boundaries."""
+        """In the middle between two boundaries: get ready for the next."""
+        if not self._ahead and update % self._config.interval >= self._config.interval // 2:
+            self._look_ahead(update)
 
     def begin_batch(self, position: Position) -> Optional[Position]:
         """Nothing to skip: peers go through the data each in its own way."""
@@ -127,6 +128,10 @@ class CheckpointExchange:
         if self._config.sync:
             self._await_update(update)
         self._take_up(update, patient=self._config.sync)
+        self._ahead = self._config.sync
+        if self._neighbours is not None and not self._config.sync:
+            self._neighbours.boundary_passed(update, self._modules.peers)
+            self._attend(self._neighbours.chosen, (), NEWEST)
 
     def predictions(
         self, own: Tensor, forward: Callable[[nn.Module], Tensor], inputs: Sequence[Tensor], update: int
@@ -208,72 +213,6 @@ class CheckpointExchange:
             self._fetcher.close(seconds=1.0)
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _together(self, action: Callable[[], None]) -> None:
-        """Do it on every worker; when one of them fails, all do."""
-        refusal: Optional[Exception] = None
-        try:
-            action()
-        except Exception as error:
-            refusal = error
-        [fine] = self._workers.minimum([refusal is None])
-        if not fine:
-            raise refusal or ConfigError("another worker of this peer could not join the run; its message says why")
-
-    def _prepare(self) -> None:
-        """What can go wrong on this worker alone."""
-        self._key = signing_key()
-        if self._workers.first:
-            self._token = owner_token(self._save_dir, self._config.peer)
-        if self._workers.fetches:
-            self._store = RunStore(self._open(), self._config.run_id, self._key)
-
-    def _open(self) -> Objects:
-        try:
-            return Objects(str(self._config.dir))
-        except StorageError as error:
-            place = without_credentials(str(self._config.dir))
-            raise ConfigError(f"{flag('dir')} {place}: cannot be opened: {error}") from None
-
-    def _join(
-        self,
-        identity: Identity,
-        terms: Mapping[str, Any],
-        update: int,
-        on_buffer: Callable[[Mapping[str, Tensor]], None],
-    ) -> None:
-        membership = Membership(self._reached_store, self._config.peer, self._token, terms, self._save_dir)
-        try:
-            membership.join()
-        except ExchangeError as error:  # the publisher tries again with every heartbeat
-            self._incidents.report(error.cause, str(error))
-        self._publisher = Publisher(
-            self._reached_store,
-            membership,
-            self._config,
-            identity,
-            self._incidents,
-            lambda: self._fetcher.lowest_floor() if self._fetcher else 0,
-            on_buffer,
-        )
-        self._publisher.start(floor=self._needed_from(update))
-
-    def _start_fetcher(self, identity: Identity) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)  # left by a killed predecessor with our token
-        try:
-            self._folder.mkdir(mode=0o700)
-        except OSError as error:
-            raise ConfigError(f"{self._folder}: {error.strerror}; name a writable folder with TMPDIR") from None
-        self._fetcher = Fetcher(
-            self._reached_store,
-            self._folder,
-            self._others,
-            self._architectures.template,
-            self._config.dtype,
-            identity,
-            self._incidents,
-        )
-        self._fetcher.start()
-
     def _take_up_again(self, update: int) -> None:
         """After a resume: fetch exactly what was in use; without sync the newest in place of what is gone."""
         before = self._before
@@ -286,15 +225,17 @@ class CheckpointExchange:
             self._miss(peer, before[peer].proposal.reference.update, update)
         if self._config.sync:
             self._require_next(update)
-        if self._guide is not None and not self._config.sync:
-            for peer in self._others:
-                self._guide.wish(peer, NEWEST)
+            return
+        if self._neighbours is not None:
+            self._neighbours.chosen = []  # what was wished for exactly is wished for no more
+        self._look_ahead(update)
 
     def _fetch_now(self, wishes: Mapping[int, Wish], update: int) -> None:
         """Take up what is wished for, waiting for it, but not for ever."""
         if self._over:
             return
-        if self._guide is not None:
+        if self._guide is not None and self._neighbours is not None:
+            self._neighbours.chosen = sorted(self._before)
             for peer, wish in wishes.items():
                 self._guide.remember(peer, self._before[peer].proposal.reference)
                 self._guide.wish(peer, wish)
@@ -313,7 +254,9 @@ class CheckpointExchange:
     def _require_next(self, update: int) -> None:
         """Sync mode: a peer that is past our next boundary must still have the snapshot it published there."""
         boundary = -(-max(update, 1) // self._config.interval) * self._config.interval
-        lacking = [peer for peer in self._others if self._guide is not None and self._guide.lacks(peer, boundary)]
+        lacking: list[int] = []
+        if self._guide is not None and self._neighbours is not None:
+            lacking = [peer for peer in self._neighbours.of_boundary(boundary) if self._guide.lacks(peer, boundary)]
         [peer] = self._workers.share([lacking[0] if lacking else -1])
         if peer >= 0:
             self._miss(peer, boundary, update)
@@ -329,11 +272,6 @@ class CheckpointExchange:
             self._incidents.report("gone", message, about=str(peer))
 
     @property
-    def _reached_store(self) -> RunStore:
-        assert self._store is not None, "only workers that publish or fetch open the store"
-        return self._store
-
-    @property
     def _guide(self) -> Optional[Fetcher]:
         """Worker 0's fetcher, whose finds are proposed to all workers; None on the others."""
         return self._fetcher if self._workers.first else None
@@ -342,76 +280,37 @@ class CheckpointExchange:
         """Sync mode, worker 0: store our snapshot and wait for the others' of the same update, both bounded."""
         if self._publisher is not None and not self._publisher.flush(self._config.timeout):
             self._incidents.report("late", f"our own snapshot of update {update} was not stored in time")
-        if self._guide is not None:
-            for peer in self._others:
-                self._guide.wish(peer, Wish(update=update))
+        if self._guide is not None and self._neighbours is not None:
+            neighbours = self._neighbours.of_boundary(update)
+            self._attend(neighbours, neighbours, Wish(update=update))
             self._guide.wait(self._config.timeout)
-            for peer in self._others:
+            for peer in neighbours:
                 if self._guide.found(peer) is None:
                     message = f"no snapshot of peer {peer} at update {update}; going on without"
                     self._incidents.report("late", message, about=str(peer))
 
+    def _look_ahead(self, update: int) -> None:
+        """Worker 0: look for what is to be taken up at the next boundary."""
+        self._ahead = True
+        if self._neighbours is None:
+            return
+        before = self._neighbours.chosen
+        chosen = self._neighbours.of_next_boundary(update, self._modules.peers)
+        self._attend(chosen, [peer for peer in chosen if peer not in before], NEWEST)
+
+    def _attend(self, neighbours: Sequence[int], wanted: Sequence[int], wish: Wish) -> None:
+        """Worker 0: follow the neighbours only, wishing anew for those of whom something else is `wanted`."""
+        if self._guide is not None:
+            self._guide.attend(neighbours, keep=self._modules.peers)
+            for peer in wanted:
+                self._guide.wish(peer, wish)
+
     def _take_up(self, update: int, *, patient: bool) -> None:
-        """Let the workers meet, and swap to what all of them have; `patient`: until nothing is pending, bounded."""
-        deadline = time.monotonic() + self._config.timeout
-        self._propose()
-        while True:
-            try:
-                agreed = meet(self._workers, self._others, self._pending, self._readiness)
-            except WorkersLost as error:
-                self.end_without_workers(error)
-                return
-            for peer, (proposal, answer) in agreed.items():
-                if answer is Readiness.READY:
-                    self._swap(proposal, update)
-                if answer is not Readiness.PENDING:
-                    self._pending.pop(peer, None)
-                    if self._guide is not None and not self._config.sync:
-                        self._guide.wish(peer, NEWEST)  # a file that had vanished was wished for exactly
-            self._opened.clear()
-            if not patient or all(answer is not Readiness.PENDING for _, answer in agreed.values()):
-                return
-            if time.monotonic() > deadline:
-                self._pending.clear()  # worker 0's word: the next meeting, with nothing proposed, is the last
-            time.sleep(HURRIED_SECONDS)
-
-    def _propose(self) -> None:
-        """Worker 0: name what is new, sticking to what is still pending until every worker has answered for it."""
-        if self._guide is None:
-            return
-        for peer in self._others:
-            manifest = self._guide.found(peer)
-            used = self._modules.held(peer)
-            proposal = None if manifest is None else Proposal.of(manifest)
-            if proposal is not None and (used is None or used.proposal != proposal):
-                self._pending.setdefault(peer, proposal)
-
-    def _readiness(self, proposal: Proposal) -> Readiness:
-        """Whether this worker can swap to `proposal` right now; if it cannot, see to it that it can next time."""
-        path = snapshot_file(self._folder, proposal.sha256)
+        neighbours = self._neighbours.chosen if self._neighbours is not None else ()
         try:
-            self._opened[proposal.peer] = self._open_snapshot(proposal)
-            return Readiness.READY
-        except FileNotFoundError:
-            pass
-        except Exception as error:  # whatever it is, this worker must answer: the others are waiting
-            self._incidents.report("disk", f"{path}: {type(error).__name__}: {error}", about=str(proposal.peer))
-            return Readiness.REFUSED
-        if self._fetcher is None:
-            return Readiness.PENDING
-        self._fetcher.wish(proposal.peer, Wish(reference=proposal.reference))
-        return Readiness.REFUSED if self._fetcher.hopeless(proposal.peer) else Readiness.PENDING
+            self._uptake.take_up(neighbours, update, patient=patient)
+        except WorkersLost as error:
+            self.end_without_workers(error)
 
-    def _swap(self, proposal: Proposal, update: int) -> None:
-        """Take up a snapshot that is open; should that fail, go back to the one before, whose file is still here."""
-        before = self._modules.held(proposal.peer)
-        if self._modules.swap(proposal, *self._opened[proposal.peer], update) or before is None:
-            return
-        with contextlib.suppress(OSError, RuntimeError, Refused):
-            self._modules.swap(before.proposal, *self._open_snapshot(before.proposal), before.accepted)
-
-    def _open_snapshot(self, proposal: Proposal) -> tuple[Optional[Architecture], dict[str, Tensor]]:
-        """What a verified snapshot is of, and its tensors."""
-        path = snapshot_file(self._folder, proposal.sha256)
-        architecture = read_architecture(path)
-        return architecture, self._architectures.template(architecture).open(path, verified=True)
+    def _lowest_floor(self) -> int:
+        return self._fetcher.lowest_floor() if self._fetcher is not None else 0

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from codistill.exchange.checkpoint.meeting import Proposal, Readiness, decode, encode, meet
 from codistill.exchange.manifest import Reference
-from codistill.exchange.meeting import Proposal, Readiness, decode, encode, meet
 from codistill.workers import Workers
 from tests.fixtures_peers import data_parallel
 from tests.fixtures_store import make_manifest
@@ -17,17 +17,19 @@ proposals = st.builds(Proposal, st.just(3), references, digests, st.booleans())
 
 MEETING = """
 from codistill.exchange.manifest import Reference
-from codistill.exchange.meeting import Proposal, Readiness, meet
+from codistill.exchange.checkpoint.meeting import Proposal, Readiness, meet
 from codistill.workers import Workers
 workers = Workers(timeout=30)
 proposed = {peer: Proposal(peer, Reference(1, 10 * peer, peer), f"{peer:064x}", peer == 3) for peer in (1, 3, 4)}
+proposed[2] = None
 # Peer 1: all ready. Peer 2: nothing proposed. Peer 3: one worker is still fetching. Peer 4: one worker refuses.
+# One place is left empty.
 judged = [{1: 2, 3: 2, 4: 1}, {1: 2, 3: 1, 4: 2}, {1: 2, 3: 2, 4: 0}][rank]
 asked = []
 def readiness(proposal):
     asked.append(proposal.peer)
     return Readiness(judged[proposal.peer])
-agreed = meet(workers, [1, 2, 3, 4], proposed if rank == 0 else {}, readiness)
+agreed = meet(workers, 5, proposed if rank == 0 else {}, readiness)
 answer = {
     "agreed": {peer: [p == proposed[peer], readiness.name] for peer, (p, readiness) in agreed.items()},
     "asked": asked,
@@ -37,9 +39,9 @@ answer = {
 
 @given(st.none() | proposals)
 def test_a_proposal_survives_the_way_through_integers(proposal):
-    fields = encode(proposal)
-    assert decode(3, fields) == proposal
-    assert len(fields) == 8
+    fields = encode(3, proposal)
+    assert decode(fields) == (3, proposal)
+    assert len(fields) == 9
     assert all(-(2**63) <= field < 2**63 for field in fields)
 
 
@@ -51,18 +53,24 @@ def test_a_proposal_names_what_the_manifest_describes():
 @pytest.mark.parametrize("answer", list(Readiness))
 def test_a_worker_alone_decides_for_itself(answer):
     proposal = Proposal(1, Reference(1, 10, 1), "ab" * 32, False)
-    assert meet(Workers(timeout=1), [1, 2], {1: proposal}, lambda _: answer) == {1: (proposal, answer)}
+    assert meet(Workers(timeout=1), 2, {1: proposal}, lambda _: answer) == {1: (proposal, answer)}
 
 
 def test_without_peers_or_proposals_a_meeting_decides_nothing():
     workers = Workers(timeout=1)
-    assert meet(workers, [], {}, lambda _: Readiness.READY) == {}
-    assert meet(workers, [1, 2], {}, lambda _: Readiness.READY) == {}
+    assert meet(workers, 0, {}, lambda _: Readiness.READY) == {}
+    assert meet(workers, 2, {}, lambda _: Readiness.READY) == {}
+    assert meet(workers, 2, {7: None}, lambda _: Readiness.REFUSED) == {7: (None, Readiness.READY)}
 
 
 def test_all_workers_take_up_a_proposal_or_none_does(tmp_path):
     for answer in data_parallel(tmp_path, MEETING, 3):
         assert answer == {
-            "agreed": {"1": [True, "READY"], "3": [True, "PENDING"], "4": [True, "REFUSED"]},
+            "agreed": {
+                "1": [True, "READY"],
+                "3": [True, "PENDING"],
+                "4": [True, "REFUSED"],
+                "2": [True, "READY"],
+            },
             "asked": [1, 3, 4],
         }

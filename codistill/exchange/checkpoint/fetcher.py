@@ -2,23 +2,26 @@
 
 A verified snapshot is a file named by its sha256 in a private folder of this machine, which the machine's workers map.
 Nothing unverified ever carries such a name. A refusal is an incident and that snapshot is not tried again; any other
-trouble is an incident too, and tried again after growing pauses.
+trouble is an incident too, and tried again after growing pauses. Only the peers that are wished for are polled; of the
+others one at a time is looked at, at a low rate, to notice who comes and goes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-from codistill.exchange.architectures import Architecture
-from codistill.exchange.errors import ExchangeError, Refused
+from codistill.exchange.checkpoint.architectures import Architecture
+from codistill.exchange.checkpoint.presence import Presence
+from codistill.exchange.errors import ExchangeError, Refused, StorageError
 from codistill.exchange.manifest import Latest, Manifest, Reference
 from codistill.exchange.membership import Identity
 from codistill.exchange.snapshot import Template
@@ -28,6 +31,8 @@ from codistill.meters import Incidents
 POLL_SECONDS = 0.5
 HURRIED_SECONDS = 0.02
 PATIENCE = 60  # longest pause after trouble with a peer, in polls; the first is one poll, each next one twice as long
+SILENCE = 60  # polls without a heartbeat after which a peer is absent: half a minute, six heartbeats
+SCOUTING = 2  # polls between two looks at peers that are not wished for
 FILES_PER_PEER = 3
 
 
@@ -58,52 +63,64 @@ def _write_architecture(snapshot: Path, architecture: Optional[Architecture]) ->
     snapshot.with_suffix(".json").write_text(json.dumps(document), encoding="utf-8")
 
 
+def _remove(snapshot: Path) -> None:
+    snapshot.unlink(missing_ok=True)
+    snapshot.with_suffix(".json").unlink(missing_ok=True)
+
+
 class Fetcher:
     """Reads for every worker on this machine.
 
     Attributes:
         received: bytes of snapshots fetched so far.
+        presence: what the peers' words tell of who is there.
     """
 
     def __init__(
         self,
         store: RunStore,
         folder: Path,
-        peers: Iterable[int],
+        readers: Sequence[int],
         template_of: Callable[[Optional[Architecture]], Template],
         dtype: str,
         identity: Identity,
         incidents: Incidents,
+        scouted: Sequence[int] = (),
     ) -> None:
-        """Nothing is read before `start`, and no peer before it is wished for.
+        """Nothing is read before `start`, and no peer before it is wished for, or its turn has come to be scouted.
 
         Args:
             store: where the snapshots are.
             folder: private folder of this machine; its files belong to this object.
-            peers: numbers of the other peers.
+            readers: the peers that may read our snapshots, whose floors count.
             template_of: what a snapshot of an architecture must look like; raises `Refused`.
             dtype: wire dtype that the run agreed on.
             identity: of this peer; a snapshot needs the same output space and other initial weights.
             incidents: told of every refusal and fault.
+            scouted: the peers to be looked at now and then while they are not wished for, in turn.
         """
-        self._store, self._folder, self._peers = store, folder, sorted(peers)
+        self._store, self._folder, self._readers = store, folder, readers
         self._template_of, self._dtype = template_of, dtype
         self._identity, self._incidents = identity, incidents
         self._wishes: dict[int, Wish] = {}
         self._found: dict[int, Manifest] = {}
         self._hopeless: set[int] = set()
-        self._latest: dict[int, Latest] = {}
+        self._kept: Optional[frozenset[int]] = None  # whose files stay; None: everybody's
         self._highest: dict[int, tuple[int, int]] = {}
         # Snapshots, and places of those older than the newest accepted; the latest, should somebody bring many.
         self._refused: deque[str] = deque(maxlen=1000)
-        self._files: dict[int, deque[Path]] = {peer: deque() for peer in self._peers}
+        self._files: dict[int, deque[Path]] = {}
+        self._scouted = deque(scouted)
+        self._next_scouting = 0.0  # by our monotonic clock
         self._pauses: dict[int, float] = {}  # seconds, by peer, while there is trouble
         self._not_before: dict[int, float] = {}  # by our monotonic clock
-        self._changed = threading.Condition()  # guards `_wishes`, `_found`, `_hopeless`, `_hurried`, `_stopping`
+        # Guards `_wishes`, `_found`, `_hopeless`, `_kept`, `_hurried` and `_stopping`.
+        self._changed = threading.Condition()
         self._hurried = False
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name="codistill-fetch", daemon=True)
         self.received = 0
+        self.presence = Presence(SILENCE * POLL_SECONDS)
 
     def start(self) -> None:
         """Begin to look."""
@@ -128,6 +145,15 @@ class Fetcher:
             self._pauses.pop(peer, None)  # the trouble was with something else
             self._not_before.pop(peer, None)
             self._changed.notify_all()
+
+    def attend(self, peers: Collection[int], keep: Collection[int]) -> None:
+        """From now on look for no other peers' snapshots; no files but theirs and those of `keep` stay here."""
+        with self._changed:
+            self._kept = frozenset(peers) | frozenset(keep)
+            for peer in self._wishes.keys() - set(peers):
+                del self._wishes[peer]
+                self._found.pop(peer, None)
+                self._hopeless.discard(peer)
 
     def remember(self, peer: int, reference: Reference) -> None:
         """Take nothing older than `reference` for the newest of `peer`; before `start`, or before it is wished for."""
@@ -162,17 +188,20 @@ class Fetcher:
         return latest.manifest.update >= update and all(kept.update != update for kept in latest.retained)
 
     def lowest_floor(self) -> int:
-        """The lowest update that any other peer could restart from; 0 while one has not been heard of."""
-        return min((self._latest[p].resume_floor if p in self._latest else 0 for p in self._peers), default=0)
+        """The lowest update that any of our readers could restart from; 0 while one has not been heard of."""
+        return self.presence.lowest_floor(self._readers)
 
     def _loop(self) -> None:
         while True:
-            for peer in self._peers:
+            with self._changed:
+                wishes = dict(self._wishes)
+            for peer in sorted(wishes):
                 self._look(peer)
+            self._scout()
+            self._sweep()
             with self._changed:
                 if self._stopping:
                     return
-                wishes = dict(self._wishes)
                 pause = HURRIED_SECONDS if self._hurried else POLL_SECONDS
                 self._changed.wait_for(functools.partial(self._called, wishes), pause)
 
@@ -183,10 +212,34 @@ class Fetcher:
         with self._changed:
             wish = self._wishes.get(peer)
             fulfilled = peer in self._found
-        if wish is None or self._stopping or time.monotonic() < self._not_before.get(peer, 0.0):
+        if wish is not None and not self._stopping:
+            self._attempt(peer, wish, lambda: self._try_to_fulfil(peer, wish, fulfilled))
+
+    def _scout(self) -> None:
+        """Hear the next one of those that are not polled anyway."""
+        with self._changed:
+            strangers = [peer for peer in self._scouted if peer not in self._wishes]
+        if not strangers or self._stopping or time.monotonic() < self._next_scouting:
+            return
+        self._next_scouting = time.monotonic() + SCOUTING * POLL_SECONDS
+        self._scouted.rotate(-1 - self._scouted.index(strangers[0]))
+        self._attempt(strangers[0], None, lambda: self._hear(strangers[0]))
+
+    def _sweep(self) -> None:
+        """Delete the files of those who are not attended to any more; workers that mapped one keep it."""
+        with self._changed:
+            strangers = [] if self._kept is None else list(self._files.keys() - self._kept)
+        for peer in strangers:
+            for path in self._files.pop(peer):
+                with contextlib.suppress(OSError):
+                    _remove(path)
+
+    def _attempt(self, peer: int, wish: Optional[Wish], action: Callable[[], object]) -> None:
+        """Do it, unless `peer` made trouble with this wish just now; whatever fails is an incident."""
+        if time.monotonic() < self._not_before.get(peer, 0.0):
             return
         try:
-            self._try_to_fulfil(peer, wish, fulfilled)
+            action()
             self._pauses.pop(peer, None)
             return
         except ExchangeError as error:
@@ -200,6 +253,19 @@ class Fetcher:
         with self._changed:
             if self._wishes.get(peer) == wish:
                 self._pauses[peer], self._not_before[peer] = pause, time.monotonic() + pause
+
+    def _hear(self, peer: int) -> Optional[Latest]:
+        """The peer's newest word, which also tells whether it is there."""
+        try:
+            latest = self._store.latest(peer)
+        except StorageError:
+            self.presence.unreadable(peer)
+            raise
+        except Refused:
+            self.presence.heard(peer, None)
+            raise
+        self.presence.heard(peer, latest)
+        return latest
 
     def _try_to_fulfil(self, peer: int, wish: Wish, fulfilled: bool) -> None:
         manifest = self._resolve(peer, wish, fulfilled)
@@ -216,6 +282,7 @@ class Fetcher:
                 self._fetch(peer, manifest)
         except Refused:
             self._refused.append(snapshot)
+            self.presence.refused(peer, manifest.reference)
             self._give_up(peer, wish)
             raise
         if wish == NEWEST:  # only now: one that is refused must not make the honest ones after it look old
@@ -226,10 +293,9 @@ class Fetcher:
         """The manifest that the wish means right now, or None while there is none (new)."""
         if fulfilled and wish != NEWEST:
             return None
-        latest = self._store.latest(peer)
+        latest = self._hear(peer)
         if latest is None:
             return None
-        self._latest[peer] = latest
         if wish.reference is not None:
             return self._exactly(peer, wish, wish.reference)
         if wish.update is not None:
@@ -289,12 +355,10 @@ class Fetcher:
             raise Refused("init", "it started from the same initial weights as this peer; give each peer its own seed")
 
     def _remember(self, peer: int, path: Path) -> None:
-        files = self._files[peer]
+        files = self._files.setdefault(peer, deque())
         files.append(path)
         while len(files) > FILES_PER_PEER:
-            path = files.popleft()
-            path.unlink(missing_ok=True)  # workers that mapped it keep it
-            path.with_suffix(".json").unlink(missing_ok=True)
+            _remove(files.popleft())  # workers that mapped it keep it
 
     def _settle(self, peer: int, wish: Wish, manifest: Manifest) -> None:
         with self._changed:

@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
-from codistill.exchange import fetcher as fetcher_module
-from codistill.exchange.fetcher import FILES_PER_PEER, NEWEST, Fetcher, Wish, snapshot_file
+from codistill.exchange.checkpoint import fetcher as fetcher_module
+from codistill.exchange.checkpoint.fetcher import FILES_PER_PEER, NEWEST, Fetcher, Wish, snapshot_file
 from codistill.exchange.manifest import Reference
 from codistill.exchange.snapshot import Template
 from codistill.exchange.store import RunStore
@@ -157,10 +157,58 @@ def test_the_lowest_floor_counts_a_silent_peer_as_0(fetcher, writer):
     writer.announce(None, resume_floor=70)
     fetcher.wish(1, NEWEST)
     fetcher.wish(2, NEWEST)
-    until(lambda: 1 in fetcher._latest)
+    until(lambda: fetcher.presence.lowest_floor([1]) == 70)
     assert fetcher.lowest_floor() == 0
     Writer(writer.store, peer=2).announce(None, resume_floor=30)
     until(lambda: fetcher.lowest_floor() == 30)
+
+
+def test_whom_nobody_attends_to_any_more_is_not_asked_and_leaves_no_files(fetcher, folder, writer, failing_objects):
+    second = Writer(writer.store, peer=2)
+    manifests = [one.publish(weights(one.peer), 10, init_hash=identity(one.peer).init_hash) for one in (writer, second)]
+    for peer in (1, 2):
+        fetcher.wish(peer, NEWEST)
+    until(lambda: fetcher.found(1) and fetcher.found(2))
+    fetcher.attend([2], keep=[1])
+    look_again(failing_objects)
+    assert set(folder.iterdir()) == files(folder, *manifests)
+    fetcher.attend([2], keep=[])
+    until(lambda: set(folder.iterdir()) == files(folder, manifests[1]))
+    assert (fetcher.found(1), fetcher.found(2)) == (None, manifests[1])
+    writer.publish(weights(3), 20)
+    look_again(failing_objects)
+    assert set(folder.iterdir()) == files(folder, manifests[1])
+    fetcher.attend([1, 2], keep=[])
+    fetcher.wish(1, NEWEST)
+    assert until(lambda: fetcher.found(1)).update == 20
+
+
+def test_strangers_are_looked_at_in_turn_and_seldom(store, folder, incidents, failing_objects, quick_exchange):
+    strangers = list(range(1, 9))
+    template = like(Template(weights(0), "float32"))
+    made = Fetcher(store, folder, strangers, template, "float32", identity(0), incidents, scouted=strangers)
+    asked = []
+    get = failing_objects.get
+    failing_objects.get = lambda key, **limit: (asked.append(int(key.split("/")[2])), get(key, **limit))[1]
+    made.wish(8, NEWEST)
+    made.start()
+    until(lambda: asked.count(1) == 3)
+    made.close(5)
+    seldom = [peer for peer in asked if peer != 8]
+    assert seldom == (strangers[:-1] * 3)[: len(seldom)]
+    assert asked.count(8) > 1.5 * len(seldom)
+
+
+def test_trouble_with_a_stranger_is_an_incident_and_holds_nobody_up(store, folder, incidents, writer, failing_objects):
+    template = like(Template(weights(0), "float32"))
+    made = Fetcher(store, folder, [1, 2], template, "float32", identity(0), incidents, scouted=[2])
+    failing_objects.put(f"{RUN}/peers/2/latest.json", b"spoilt")
+    manifest = writer.publish(weights(1), 10)
+    made.wish(1, NEWEST)
+    made.start()
+    until(lambda: made.found(1) == manifest and incidents.total)
+    made.close(5)
+    assert set(incidents.counts) == {"format"}
 
 
 def wrong_name(state):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from codistill import ConfigError
-from codistill.exchange import peer_modules
+from codistill.exchange.checkpoint import peer_modules
 from codistill.exchange.objects import Objects
 from codistill.exchange.store import RunStore
 from tests.fixtures_peers import RUN, Writer, data_parallel, peers, quick_exchange, until  # noqa: F401
@@ -21,7 +21,7 @@ import tempfile, time
 from pathlib import Path
 import torch
 from codistill import CodistillConfig, Codistiller
-from codistill.exchange import fetcher
+from codistill.exchange.checkpoint import fetcher
 from codistill.exchange.errors import StorageError
 from codistill.exchange.store import RunStore
 

@@ -1,22 +1,23 @@
 """The other peers as modules of our own, each holding the weights of its last accepted snapshot.
 
-A module is built when its peer's first snapshot comes, and anew when the peer comes back as another model. It runs in
-eval mode without autograd. A peer that cannot be built, loaded or run is left out until it sends something new: an
+A module is built when its peer's first snapshot comes, and anew when the peer comes back as another model. There are
+never more modules than peers are learnt from at a time: a new neighbour gets the module of a former one. A module runs
+in eval mode without autograd. A peer that cannot be built, loaded or run is left out until it sends something new: an
 incident, never an exception.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
-from codistill.exchange.architectures import Architecture, Architectures
+from codistill.exchange.checkpoint.architectures import Architecture, Architectures
+from codistill.exchange.checkpoint.meeting import Proposal
 from codistill.exchange.manifest import Reference
-from codistill.exchange.meeting import Proposal
 from codistill.exchange.snapshot import load
 from codistill.meters import Incidents
 
@@ -38,20 +39,33 @@ class InUse:
 
 
 class PeerModules:
-    """Which snapshots are in use, and the modules that hold them."""
+    """Which snapshots are in use, and the modules that hold them.
 
-    def __init__(self, architectures: Architectures, staleness_bound: int, incidents: Incidents) -> None:
+    Attributes:
+        neighbours: the peers that are learnt from now; others stay in use until their modules are needed.
+    """
+
+    def __init__(self, architectures: Architectures, most: int, staleness_bound: int, incidents: Incidents) -> None:
         """Nothing is built yet.
 
         Args:
             architectures: builds the modules.
+            most: modules there may be, the number of peers learnt from at a time.
             staleness_bound: own updates after which a snapshot is no longer used.
             incidents: told of every peer that fails.
         """
-        self._architectures, self._bound, self._incidents = architectures, staleness_bound, incidents
+        self._architectures, self._incidents = architectures, incidents
+        self._most, self._bound = most, staleness_bound
+        self.neighbours: Collection[int] = ()
         self._modules: dict[int, nn.Module] = {}
         self._built: dict[int, Optional[Architecture]] = {}
         self._held: dict[int, InUse] = {}
+        self._former: dict[int, InUse] = {}  # what was held last of those that gave their modules away
+
+    @property
+    def peers(self) -> Collection[int]:
+        """Those whose snapshots are held, however stale."""
+        return self._held.keys()
 
     def held(self, peer: int) -> Optional[InUse]:
         """What the peer's module holds, however stale."""
@@ -74,6 +88,22 @@ class PeerModules:
             else:
                 yield found
 
+    def make_room(self, peer: int) -> Optional[InUse]:
+        """Let `peer` have the module that is needed least, if there are as many as there may be and none is its own.
+
+        Returns:
+            What the module held, and still holds until the next swap.
+        """
+        spare = [p for p in self._modules if p not in self.neighbours or p not in self._held]
+        if peer in self._modules or len(self._modules) < self._most or not spare:
+            return None
+        giver = min(spare, key=lambda p: (self._held[p].accepted if p in self._held else -1, p))
+        self._modules[peer], self._built[peer] = self._modules.pop(giver), self._built.pop(giver)
+        held = self._held.pop(giver, None)
+        if held is not None:
+            self._former[giver] = held
+        return held
+
     def swap(
         self, proposal: Proposal, architecture: Optional[Architecture], tensors: Mapping[str, Tensor], update: int
     ) -> bool:
@@ -91,7 +121,9 @@ class PeerModules:
         except Exception as error:
             self._leave_out(peer, error)
             return False
-        self._held[peer] = InUse(proposal, update)
+        former = self._former.pop(peer, None)
+        known = former is not None and former.proposal == proposal  # nothing new: it is as stale as it was
+        self._held[peer] = former if former is not None and known else InUse(proposal, update)
         return True
 
     def date_back(self, before: Mapping[int, InUse]) -> None:

@@ -1,0 +1,1 @@
+"""Exchange by checkpoint: peers known by the weights they publish now and then."""

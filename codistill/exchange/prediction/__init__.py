@@ -1,0 +1,1 @@
+"""Exchange by prediction: peers known by the logits they send for every micro-batch."""

@@ -1,0 +1,128 @@
+"""Modules of peers: as few as peers are learnt from, handed on to new neighbours, and never fresher than they are."""
+
+import pytest
+import torch
+from torch import nn
+
+from codistill.exchange.checkpoint.architectures import Architectures
+from codistill.exchange.checkpoint.meeting import Proposal
+from codistill.exchange.checkpoint.peer_modules import PeerModules
+from codistill.exchange.manifest import Reference
+from codistill.meters import Incidents
+
+WIDE = {"name": "wide", "arguments": {"width": 5}}
+
+
+class Wide(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.inner, self.out = nn.Linear(3, width), nn.Linear(width, 2)
+
+    def forward(self, inputs):
+        return self.out(self.inner(inputs))
+
+
+class Kept:
+    """Two modules at most, and what they were made of."""
+
+    def __init__(self):
+        self.built = 0
+        own = nn.Linear(3, 2)
+        architectures = Architectures(
+            self.build,
+            own.state_dict(),
+            "float32",
+            {"name": "linear", "arguments": {}},
+            lambda name, args: Wide(**args),
+        )
+        self.incidents = Incidents(fatal=False)
+        self.modules = PeerModules(architectures, 2, 10, self.incidents)
+
+    def build(self):
+        self.built += 1
+        return nn.Linear(3, 2)
+
+    def take(self, peer, update, *, sequence=None, architecture=None, tensors=None):
+        reference = Reference(1, update, update if sequence is None else sequence)
+        tensors = tensors or (Wide(5) if architecture else nn.Linear(3, 2)).state_dict()
+        self.modules.make_room(peer)
+        return self.modules.swap(Proposal(peer, reference, "a" * 64, False), architecture, tensors, update)
+
+    def learn_from(self, *neighbours):
+        self.modules.neighbours = neighbours
+
+
+@pytest.fixture
+def kept():
+    return Kept()
+
+
+def test_a_new_neighbour_gets_the_module_of_the_former_one_that_is_oldest(kept):
+    kept.learn_from(1, 2)
+    assert kept.take(1, 10)
+    assert kept.take(2, 8)
+    kept.learn_from(3, 1)
+    given = kept.modules._modules[2]
+    weights = nn.Linear(3, 2).state_dict()
+    assert kept.take(3, 12, tensors=weights)
+    assert set(kept.modules.in_use(12)) == {1, 3}
+    assert kept.modules._modules[3] is given
+    assert torch.equal(given.weight, weights["weight"])
+    assert kept.built == 2
+    kept.learn_from(4, 5)
+    assert kept.take(4, 14)
+    assert set(kept.modules.peers) == {3, 4}  # 1 was older than 3
+    assert kept.take(5, 14)
+    assert set(kept.modules.peers) == {4, 5}
+    assert len(kept.modules._modules) == kept.built == 2
+
+
+def test_a_former_neighbour_stays_in_use_while_there_is_room(kept):
+    kept.learn_from(1)
+    assert kept.take(1, 10)
+    kept.learn_from(2)
+    assert kept.take(2, 12)
+    assert set(kept.modules.in_use(20)) == {1, 2}
+    assert set(kept.modules.in_use(21)) == {2}  # and no longer than is allowed
+
+
+def test_a_module_that_nobody_uses_is_given_away_first(kept):
+    kept.learn_from(1, 2)
+    assert kept.take(1, 10)
+    assert kept.take(2, 11)
+    assert not kept.take(2, 12, tensors={"weight": torch.zeros(1)})  # left out from now on
+    kept.learn_from(2, 3)
+    assert kept.take(3, 12)
+    assert set(kept.modules.peers) == {1, 3}
+    assert kept.incidents.counts == {"internal": 1}
+
+
+def test_what_is_taken_up_again_without_anything_new_is_as_stale_as_it_was(kept):
+    kept.learn_from(1, 2)
+    kept.take(1, 10)
+    kept.take(2, 10)
+    kept.learn_from(3, 4)
+    kept.take(3, 14)
+    kept.take(4, 14)
+    kept.learn_from(1, 2)
+    kept.take(1, 18, sequence=10)
+    reference = Reference(1, 10, 10)
+    kept.modules.make_room(2)
+    kept.modules.swap(Proposal(2, reference, "a" * 64, False), None, nn.Linear(3, 2).state_dict(), 18)
+    assert kept.modules.held(2).staleness(18) == 8
+    assert kept.modules.held(1).staleness(18) == 0  # something new
+
+
+def test_a_neighbour_of_another_architecture_gets_a_module_of_its_own_and_leaves_none_behind(kept):
+    kept.learn_from(1, 2)
+    kept.take(1, 10)
+    kept.take(2, 10)
+    kept.learn_from(3, 4)
+    assert kept.take(3, 12, architecture=WIDE)
+    assert isinstance(kept.modules._modules[3], Wide)
+    kept.take(4, 12)
+    assert set(kept.modules._modules) == {3, 4}
+    kept.learn_from(4, 5)
+    assert kept.take(5, 14)
+    assert isinstance(kept.modules._modules[5], nn.Linear)
+    assert kept.incidents.total == 0
