@@ -46,11 +46,11 @@ class CodistillCriterion(LabelSmoothedCrossEntropyCriterion):
         try:
             config = codistill_config(cfg)
             self._smoothing = label_smoothing_schedule(cfg)
-            refuse_host_options(root)
+            refuse_host_options(root, config)
+            self._hooks = TaskHooks(task, config, root)
         except ConfigError as error:
             raise SystemExit(str(error)) from None
         self._bits = 1.0 if config.loss == "mse" else math.log(2)  # fairseq logs in base 2
-        self._hooks = TaskHooks(task, config, root)
 
     def forward(self, model: nn.Module, sample: dict[str, Any], reduce: bool = True) -> tuple[Any, Any, dict[str, Any]]:
         """The host's loss, sample size and logging output; in training with the penalty and its sums."""
@@ -89,7 +89,10 @@ class CodistillCriterion(LabelSmoothedCrossEntropyCriterion):
         if codistiller is None or not codistiller.active or self._hooks.dummy:
             return None, (0.0, 0.0, 0.0)
         found = codistiller.penalty(
-            net_output[0], lambda peer: peer(**sample["net_input"])[0], self._mask(sample["target"])
+            net_output[0],
+            lambda peer: peer(**sample["net_input"])[0],
+            self._mask(sample["target"]),
+            _inputs(sample) if self._hooks.coordinated else (),
         )
         return codistiller.alpha * found.loss, (found.loss.detach() / self._bits, found.agreement, found.positions)
 
@@ -109,3 +112,9 @@ class CodistillCriterion(LabelSmoothedCrossEntropyCriterion):
         loss, agreement, positions = (sum(float(log.get(name, 0.0)) for log in logging_outputs) for name in _SUMS)
         metrics.log_scalar("codistill_loss", loss / max(positions, 1.0), positions, round=3)
         metrics.log_scalar("codistill_agreement", agreement / max(positions, 1.0), positions, round=3)
+
+
+def _inputs(sample: dict[str, Any]) -> list[Tensor]:
+    """The batch itself: what the model is fed, in the order of the names, and the targets."""
+    fed = [value for _, value in sorted(sample["net_input"].items()) if isinstance(value, Tensor)]
+    return [*fed, sample["target"]]

@@ -7,23 +7,22 @@ leaves its last snapshot not marked final.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import logging
-import queue
-import threading
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, Optional
 
-from fairseq.data.iterators import BackgroundConsumer
 from fairseq.distributed import LegacyDistributedDataParallel, ModuleProxyWrapper
 from fairseq.logging import metrics
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from codistill import CodistillConfig, Codistiller, ConfigError, ExchangeFailed, WeightDecay
+from codistill import CodistillConfig, Codistiller, ConfigError, ExchangeFailed, WeightDecay, shard
+from fairseq_codistill.architectures import architecture, build_unlike
+from fairseq_codistill.average import Average
+from fairseq_codistill.sampling import TrainingData, end_loaders
 
 _WRAPPERS = (ModuleProxyWrapper, DistributedDataParallel, LegacyDistributedDataParallel)
 _STATE = "codistill"
@@ -40,7 +39,11 @@ class TaskHooks:
     """
 
     def __init__(self, task: Any, config: CodistillConfig, root: Any) -> None:
-        """Take the place of the methods on `task`; `root` is fairseq's whole configuration."""
+        """Take the place of the methods on `task`; `root` is fairseq's whole configuration.
+
+        Raises:
+            ConfigError: the task's data options do not go with the exchange.
+        """
         self.codistiller: Optional[Codistiller] = None
         self.update = 0
         self.epoch = 1
@@ -50,6 +53,10 @@ class TaskHooks:
         self._weight_decay = WeightDecay(schedule) if schedule is not None else None
         self._restored: Optional[dict[str, Any]] = None
         self._checkpoint_under_way = False
+        if hasattr(task, "data_options"):  # codistill_translation, which loads the training set later
+            task.shard = shard(task.data_options, config)
+        self._data = TrainingData(task, root) if config.coordinated else None
+        self._average = Average(task) if config.publish == "ema" else None
         self._host_train_step = task.train_step
         self._host_begin_epoch = task.begin_epoch
         self._host_get = getattr(task, "get_checkpoint_dict", dict)
@@ -58,6 +65,11 @@ class TaskHooks:
         task.begin_epoch = self._begin_epoch
         task.get_checkpoint_dict = self._get_checkpoint_dict
         task.set_checkpoint_dict = self._set_checkpoint_dict
+
+    @property
+    def coordinated(self) -> bool:
+        """Whether all peers go through the same batches in step."""
+        return self._data is not None
 
     def _train_step(
         self,
@@ -70,10 +82,14 @@ class TaskHooks:
         **extra: Any,
     ) -> Any:
         self.update, self.dummy = update_num, ignore_grad
+        if self._average is not None:
+            self._average.ask(update_num)
+            extra = self._average.take(extra)
         try:
             self._begin_update(model, optimizer)
+            self._begin_batch()
         except (ConfigError, ExchangeFailed) as error:
-            _end_loaders()
+            end_loaders()
             raise SystemExit(str(error)) from None
         return self._host_train_step(
             sample=sample,
@@ -98,12 +114,20 @@ class TaskHooks:
             if key not in ("loss", "agreement"):  # these come from the logging outputs of all workers
                 metrics.log_scalar(f"codistill_{key}", value, weight=0, priority=1500, round=6)
 
+    def _begin_batch(self) -> None:
+        if self._data is None or self.codistiller is None:
+            return
+        target = self.codistiller.begin_batch(self._data.next_position())
+        if target is not None:
+            self._data.go_on_at(target)
+
     def _build(self, model: nn.Module) -> Codistiller:
         if self._task.target_dictionary is None:
             raise ConfigError(
                 f"task {type(self._task).__name__} has no target dictionary: --criterion codistill compares "
                 "predictions over one; use a task such as translation or language_modeling"
             )
+        average = self._average
         codistiller = Codistiller(
             self._config,
             model=model,
@@ -111,6 +135,9 @@ class TaskHooks:
             fingerprint=fingerprint(self._task.target_dictionary),
             save_dir=Path(self._root.checkpoint.save_dir),
             architecture=architecture(self._root.model),
+            build_unlike=lambda name, arguments: build_unlike(name, arguments, self._task, self._root),
+            place=lambda module: _placed(module, model),
+            published_state=None if average is None else lambda: average.state(model),
         )
         if self._restored is not None:
             codistiller.load_state_dict(self._restored)
@@ -120,11 +147,12 @@ class TaskHooks:
 
     def _build_peer(self, model: nn.Module) -> nn.Module:
         """A module like ours. On a copy of the task: building a model may set the task's generator (`--eval-bleu`)."""
-        parameter = next(model.parameters())
-        return copy.copy(self._task).build_model(self._root.model).to(device=parameter.device, dtype=parameter.dtype)
+        return _placed(copy.copy(self._task).build_model(self._root.model), model)
 
     def _begin_epoch(self, epoch: int, model: nn.Module) -> Any:
         self.epoch = epoch
+        if self._average is not None:
+            self._average.ask(self._updates_done())
         return self._host_begin_epoch(epoch, model)
 
     def _get_checkpoint_dict(self) -> dict[str, Any]:
@@ -149,10 +177,14 @@ class TaskHooks:
 
     def _see_the_end(self, record: logging.LogRecord) -> bool:
         if self.codistiller is not None and record.getMessage().startswith("done training"):
-            # The aggregator that still is active: the one kept under the name "default" is replaced by a resume.
-            counters = [found["num_updates"] for found in metrics.get_active_aggregators() if "num_updates" in found]
-            self.codistiller.finish(max((int(counter.val) for counter in counters), default=self.update))
+            self.codistiller.finish(self._updates_done())
         return True
+
+    def _updates_done(self) -> int:
+        """By the trainer's own word in fairseq's log."""
+        # The aggregator that still is active: the one kept under the name "default" is replaced by a resume.
+        counters = [found["num_updates"].val for found in metrics.get_active_aggregators() if "num_updates" in found]
+        return max((int(value) for value in counters if value is not None), default=self.update)
 
 
 def fingerprint(dictionary: Any) -> str:
@@ -160,22 +192,9 @@ def fingerprint(dictionary: Any) -> str:
     return hashlib.sha256("\n".join(dictionary.symbols).encode()).hexdigest()
 
 
-def architecture(model: Any) -> Optional[dict[str, Any]]:
-    """The registry name of a model's configuration, as a manifest tells it; None when it has none."""
-    name = getattr(model, "_name", None) or getattr(model, "arch", None)
-    return {"name": str(name), "arguments": {}} if name else None
-
-
-def _end_loaders() -> None:
-    """End fairseq's loader threads, which else make Python abort when it ends in the middle of an epoch."""
-    for thread in threading.enumerate():
-        if isinstance(thread, BackgroundConsumer):
-            thread._max_len = 0  # no more than what it waits to hand over
-            for _ in range(100):
-                with contextlib.suppress(queue.Empty):
-                    thread._queue.get(timeout=0.01)
-                if not thread.is_alive():
-                    break
+def _placed(module: nn.Module, model: nn.Module) -> nn.Module:
+    parameter = next(model.parameters())
+    return module.to(device=parameter.device, dtype=parameter.dtype)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

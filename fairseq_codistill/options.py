@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterionConfig
+from fairseq.models import ARCH_MODEL_NAME_REGISTRY
 
 from codistill import CodistillConfig, ConfigError, Piecewise
 
@@ -74,18 +75,24 @@ _REFUSED = (  # where in fairseq's configuration, whether its value stands in th
     ("common", "model_parallel_size", lambda value: value > 1, "--model-parallel-size above 1"),
     ("model", "adaptive_softmax_cutoff", lambda value: value is not None, "--adaptive-softmax-cutoff"),
 )
+_IGNORE_CUTOFF = ("lstm", "lstm_lm", "fconv_lm")  # they have one by default, and use it with adaptive_loss alone
 
 
-def refuse_host_options(root: Any) -> None:
-    """Turn away fairseq options under which a peer has no complete weights, or no logits, to compare.
+def refuse_host_options(root: Any, config: CodistillConfig) -> None:
+    """Turn away fairseq options under which a peer has no complete weights, no logits, or nothing of what is asked for.
 
     Raises:
         ConfigError: naming the option.
     """
+    model = ARCH_MODEL_NAME_REGISTRY.get(getattr(getattr(root, "model", None), "_name", None))
     for group, name, in_the_way, spelling in _REFUSED:
         value = getattr(getattr(root, group, None), name, None)
+        if name == "adaptive_softmax_cutoff" and model in _IGNORE_CUTOFF:
+            continue
         if value is not None and in_the_way(value):
             raise ConfigError(
                 f"{spelling}: cannot be combined with --criterion codistill, which compares whole models "
                 "by their logits; leave it out"
             )
+    if config.publish == "ema" and not getattr(getattr(root, "ema", None), "store_ema", False):
+        raise config.error("publish", "fairseq keeps no average of the weights; add --store-ema, or publish raw")

@@ -1,12 +1,12 @@
-"""Task `codistill_translation`: `translation` trained on a seeded fraction of its training set.
+"""Task `codistill_translation`: `translation` on a seeded fraction of its training set, or on each peer's own part.
 
-The fraction depends on the data seed alone, so that a baseline and all peers train on the same sentence pairs whatever
-their `--seed`. Validation and test sets are untouched.
+Fraction and shards depend on the data seed alone, so that a baseline and all peers train on the same sentence pairs (or
+share them out) whatever their `--seed`. Validation and test sets are untouched.
 """
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 from fairseq.data import BaseWrapperDataset, FairseqDataset
 from fairseq.tasks import register_task
@@ -25,22 +25,36 @@ class CodistillTranslationConfig(_DataOptions):  # type: ignore[misc, valid-type
 
 @register_task("codistill_translation", dataclass=CodistillTranslationConfig)
 class CodistillTranslationTask(TranslationTask):
-    """Translation on part of the training data."""
+    """Translation on part of the training data.
+
+    Attributes:
+        data_options: which part.
+        shard: (i, n) where this peer trains on the i-th of n parts; criterion `codistill`, which knows, sets it.
+    """
 
     def __init__(self, cfg: Any, src_dict: Any, tgt_dict: Any) -> None:
-        """Judge the fraction; a bad one ends the process with one line."""
+        """Judge the options; a bad one ends the process with one line."""
         super().__init__(cfg, src_dict, tgt_dict)
         try:
-            DataConfig(cfg.codistill_data_fraction, cfg.codistill_data_seed)
+            self.data_options = DataConfig(
+                cfg.codistill_data_fraction, cfg.codistill_data_seed, cfg.codistill_data_shard
+            )
         except ConfigError as error:
             raise SystemExit(str(error)) from None
+        self.shard: Optional[tuple[int, int]] = None
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
-        """Load `split`; of the training split keep the fraction."""
+        """Load `split`; of the training split keep this peer's part."""
         super().load_dataset(split, epoch, combine, **kwargs)
-        if split == "train" and self.cfg.codistill_data_fraction < 1:
-            dataset = self.datasets[split]
-            self.datasets[split] = Fraction(dataset, self.cfg.codistill_data_fraction, self.cfg.codistill_data_seed)
+        data = self.data_options
+        if split != "train" or (data.data_fraction == 1 and not data.data_shard):
+            return
+        if data.data_shard and self.shard is None:
+            raise SystemExit(
+                "--codistill-data-shard: needs --criterion codistill, which knows the peers; add it, or leave this out"
+            )
+        shard = self.shard or (0, 1)
+        self.datasets[split] = Fraction(self.datasets[split], data.data_fraction, data.data_seed, shard)
 
 
 class Fraction(BaseWrapperDataset):
@@ -50,12 +64,13 @@ class Fraction(BaseWrapperDataset):
         dataset: the whole.
         fraction: of the items, above 0; at least one is kept.
         seed: which ones.
+        shard: (i, n): the i-th of n parts of the fraction.
     """
 
-    def __init__(self, dataset: FairseqDataset, fraction: float, seed: int) -> None:
+    def __init__(self, dataset: FairseqDataset, fraction: float, seed: int, shard: tuple[int, int] = (0, 1)) -> None:
         """Draw the items once."""
         super().__init__(dataset)
-        self._kept = kept_items(len(dataset), fraction, seed)
+        self._kept = kept_items(len(dataset), fraction, seed, shard)
 
     def ordered_indices(self) -> Any:
         """The whole's order, without the items that are left out."""

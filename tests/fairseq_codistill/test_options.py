@@ -97,6 +97,30 @@ BAD = [
         f"--codistill-label-smoothing 0:0.1,soon:0: start 'soon' is not a finite number of at least 0; {PIECEWISE}",
     ),
     (["--codistill-label-smoothing", "0:0.1,5u:1"], "--codistill-label-smoothing 0:0.1,5u:1: values must be below 1"),
+    (["--codistill-exchange", "gossip"], "--codistill-exchange gossip: must be one of checkpoint, prediction"),
+    (
+        ["--codistill-rendezvous", "host:1", "--codistill-exchange", "prediction"],
+        "--codistill-rendezvous host:1: must be tcp://HOST:PORT, HOST being the machine of peer 0",
+    ),
+    (
+        ["--codistill-rendezvous", "tcp://host:29500"],
+        "--codistill-rendezvous tcp://host:29500: has no effect without --codistill-exchange prediction; "
+        "add it, or leave this out",
+    ),
+    (
+        ["--codistill-topology", "star"],
+        "--codistill-topology star: must be all, ring, or random-K with a number K, such as random-2",
+    ),
+    (
+        ["--codistill-topology", "ring", "--codistill-exchange", "prediction"],
+        "--codistill-topology ring: has no meaning with --codistill-exchange prediction; leave one of them out",
+    ),
+    (["--codistill-topk", "-1"], "--codistill-topk -1: must be 0 or more"),
+    (["--codistill-publish", "best"], "--codistill-publish best: must be one of raw, ema"),
+    (
+        ["--codistill-publish", "ema"],
+        "--codistill-publish ema: fairseq keeps no average of the weights; add --store-ema, or publish raw",
+    ),
     (["--use-bmuf"], f"--use-bmuf: {WHOLE_MODELS}"),
     (["--ddp-backend", "slowmo"], f"--ddp-backend slowmo: {WHOLE_MODELS}"),
     (["--ddp-backend", "fully_sharded"], f"--ddp-backend fully_sharded: {WHOLE_MODELS}"),
@@ -156,6 +180,7 @@ def test_what_is_typed_arrives_in_the_core(data):  # noqa: F811
         *("--codistill-max-staleness", "70", "--codistill-on-error", "fail", "--codistill-sync"),
         *("--codistill-timeout", "5", "--codistill-dtype", "bfloat16", "--codistill-keep", "4"),
         *("--codistill-weight-decay", "0:1e-4,3:0", "--codistill-label-smoothing", "0:0.1,50u:0"),
+        *("--codistill-topology", "random-2", "--codistill-publish", "ema"),
     ]
     criterion = configure(data, *flags).criterion
     found = codistill_config(criterion)
@@ -164,8 +189,17 @@ def test_what_is_typed_arrives_in_the_core(data):  # noqa: F811
         **{"temperature": 2.0, "alpha": 0.5, "alpha_growth": 1.5, "alpha_every": "100", "alpha_max": 4.0},
         **{"burn_in": 8, "max_staleness": 70, "on_error": "fail", "sync": True, "timeout": 5.0},
         **{"dtype": "bfloat16", "keep": 4, "weight_decay": "0:1e-4,3:0"},
+        **{"exchange": "checkpoint", "rendezvous": None, "topology": "random-2", "topk": 0, "publish": "ema"},
     }
     assert label_smoothing_schedule(criterion).values == (0.1, 0.0)
+
+
+def test_what_is_typed_for_exchange_by_prediction_arrives_in_the_core(data):  # noqa: F811
+    place = ("--codistill-rendezvous", "tcp://host-7.example:29500")
+    typed = configure(data, "--codistill-exchange", "prediction", *place, "--codistill-topk", "8")
+    assert codistill_config(typed.criterion).changed() == {
+        **{"exchange": "prediction", "rendezvous": "tcp://host-7.example:29500", "topk": 8}
+    }
 
 
 def test_importing_the_options_does_not_start_threads_or_touch_random_numbers():

@@ -78,6 +78,53 @@ def test_everything_is_the_default_and_changes_nothing(task_of, whole):
     assert task.dataset("train") is whole
 
 
+def shards_of(task_of, data, peers, *flags):  # noqa: F811
+    """What each peer trains on, when the criterion is built before the data are loaded, as fairseq-train does."""
+    found = []
+    for peer in range(peers):
+        numbers = ("--codistill-peer", str(peer), "--codistill-peers", str(peers), "--codistill-dir", str(data))
+        task = task_of("--codistill-data-shard", *numbers, *flags)
+        task.build_criterion(configure(data, *numbers).criterion)
+        task.load_dataset("valid")
+        task.load_dataset("train")
+        assert len(trained_on(task.dataset("valid"))) == COUNT
+        found.append(trained_on(task.dataset("train"), seed=peer))
+    return found
+
+
+@pytest.mark.parametrize(("flags", "count"), [((), COUNT), (("--codistill-data-fraction", "0.5"), 25)])
+def test_each_peer_trains_on_a_part_of_its_own_and_together_on_everything(task_of, data, flags, count):  # noqa: F811
+    parts = shards_of(task_of, data, 3, *flags)
+    assert len({item for part in parts for item in part}) == sum(map(len, parts)) == count
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert [set(part) for part in shards_of(task_of, data, 3, *flags)] == [set(part) for part in parts]
+
+
+def test_one_peer_alone_keeps_the_whole_as_its_part(task_of, data):  # noqa: F811
+    [part] = shards_of(task_of, data, 1)
+    assert len(part) == COUNT
+
+
+def test_a_part_of_ones_own_without_the_criterion_is_one_line(task_of):
+    task = task_of("--codistill-data-shard")
+    task.load_dataset("valid")
+    with pytest.raises(SystemExit) as ended:
+        task.load_dataset("train")
+    assert ended.value.code == (
+        "--codistill-data-shard: needs --criterion codistill, which knows the peers; add it, or leave this out"
+    )
+
+
+def test_a_part_of_ones_own_where_all_go_through_the_same_batches_is_one_line(data):  # noqa: F811
+    task = ("--task", "codistill_translation", "--codistill-data-shard")
+    with pytest.raises(SystemExit) as ended:
+        Host(data, *task, "--codistill-exchange", "prediction", "--codistill-dir", str(data))
+    assert ended.value.code == (
+        "--codistill-data-shard: with --codistill-exchange prediction all peers train on the same batches; "
+        "leave one of them out"
+    )
+
+
 def test_batches_hold_the_fraction_and_nothing_else(task_of):
     task = task_of("--codistill-data-fraction", "0.5")
     task.load_dataset("train")

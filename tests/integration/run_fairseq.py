@@ -28,10 +28,12 @@ def generators():
 def record(path, pause):
     from fairseq.tasks import FairseqTask
 
-    def write(step, update, loss, sample_size, log):
+    def write(step, update, sample, loss, sample_size, log):
+        items = sample["id"].tolist()
         entry = {
             "step": step,
             "update": update,
+            "batch": hashlib.sha256(repr(items).encode()).hexdigest()[:16],
             "loss": loss.item(),  # what was differentiated
             "host_loss": float(log["loss"]),  # what fairseq logs
             "sample_size": float(sample_size),
@@ -44,13 +46,13 @@ def record(path, pause):
 
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):
         loss, sample_size, log = plain_train(self, sample, model, criterion, optimizer, update_num, ignore_grad)
-        write("train", update_num, loss, sample_size, log)
+        write("train", update_num, sample, loss, sample_size, log)
         time.sleep(pause)
         return loss, sample_size, log
 
     def valid_step(self, sample, model, criterion):
         loss, sample_size, log = plain_valid(self, sample, model, criterion)
-        write("valid", None, loss, sample_size, log)
+        write("valid", None, sample, loss, sample_size, log)
         return loss, sample_size, log
 
     FairseqTask.train_step, FairseqTask.valid_step = train_step, valid_step
