@@ -11,7 +11,7 @@ import inspect
 from types import ModuleType
 from typing import Any, Optional
 
-from codistill import ConfigError, ExchangeFailed
+from codistill import ConfigError, ExchangeFailed, shard
 from timm_codistill.data import keep_fraction, seed_offset
 from timm_codistill.options import add_arguments, codistill_config, data_config, refuse_host_options
 from timm_codistill.task import CodistillationTask
@@ -66,7 +66,9 @@ class Hooks:
         self._task: Optional[CodistillationTask] = None
         self._updates_in_all: Optional[int] = None
         self._to_be_continued = False
+        self._model_arguments: Optional[dict[str, Any]] = None
         self._host_parse_args = module._parse_args
+        self._host_create_model = getattr(module, "create_model", None)
         self._host_create_dataset = module.create_dataset
         self._host_create_loader = module.create_loader
         self._host_train_one_epoch = module.train_one_epoch
@@ -90,41 +92,59 @@ class Hooks:
         args, text = self._host_parse_args()
         config = codistill_config(args)
         if config is not None:
-            refuse_host_options(args)
+            refuse_host_options(args, config)
             self._data = data_config(args)
+            self._shard = shard(self._data, config)
+            self._coordinated = config.coordinated
             self._to_be_continued = getattr(args, "stop_epoch", None) is not None  # from timm 1.0.31
             args.seed += seed_offset(config.peer)  # not in `text`: args.yaml holds what the user gave
             self._take_places(args)
         return args, text
 
     def _take_places(self, args: argparse.Namespace) -> None:
+        hooks = self
+
         class Task(CodistillationTask):
             """The task with this run's options."""
 
             def __init__(self, *arguments: Any, **kwargs: Any) -> None:
-                super().__init__(*arguments, options=args, **kwargs)
+                super().__init__(*arguments, options=args, model_arguments=hooks._model_arguments, **kwargs)
 
         Task.__name__ = CodistillationTask.__name__
         self._module.ClassificationTask = Task  # type: ignore[attr-defined]
         self._module.create_dataset = self._create_dataset  # type: ignore[attr-defined]
         self._module.create_loader = self._create_loader  # type: ignore[attr-defined]
         self._module.train_one_epoch = self._train_one_epoch  # type: ignore[attr-defined]
+        if self._host_create_model is not None:
+            self._module.create_model = self._create_model  # type: ignore[attr-defined]
         if self._host_validate is not None:
             self._module.validate = self._validate  # type: ignore[attr-defined]
 
+    def _create_model(self, *arguments: Any, **kwargs: Any) -> Any:
+        self._model_arguments = {name: value for name, value in kwargs.items() if name != "model_name"}
+        return self._host_create_model(*arguments, **kwargs)  # type: ignore[misc]
+
     def _create_dataset(self, *arguments: Any, **kwargs: Any) -> Any:
-        dataset = self._host_create_dataset(*arguments, **kwargs)
-        if kwargs.get("is_training"):
-            keep_fraction(dataset, self._data)
+        if not kwargs.get("is_training"):
+            return self._host_create_dataset(*arguments, **kwargs)
+        dataset = self._host_create_dataset(*arguments, **self._seeded(kwargs, "seed"))
+        keep_fraction(dataset, self._data, self._shard)
         return dataset
 
     def _create_loader(self, *arguments: Any, **kwargs: Any) -> Any:
         if kwargs.get("num_workers") == 0:  # up to timm 1.0.28 `--workers 0` asks torch for persistent workers
             kwargs.setdefault("persistent_workers", False)
+        if self._coordinated and kwargs.get("is_training"):
+            kwargs = {**self._seeded(kwargs, "batch_choice_seed"), "persistent_workers": False}
         return self._host_create_loader(*arguments, **kwargs)
 
+    def _seeded(self, kwargs: dict[str, Any], name: str) -> dict[str, Any]:
+        """`kwargs`, with the seed `name`, which came from `--seed`, the same for all peers if their batches are."""
+        return {**kwargs, name: self._data.data_seed} if self._coordinated and name in kwargs else kwargs
+
     def _train_one_epoch(self, *arguments: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(self._host_train_one_epoch).bind(*arguments, **kwargs).arguments
+        bound = inspect.signature(self._host_train_one_epoch).bind(*arguments, **kwargs)
+        given = bound.arguments
         self._task = self._own(given["task"])
         self._updates_in_all = given.get("num_updates_total")
         self._task.begin_epoch(
@@ -134,7 +154,11 @@ class Hooks:
             save_dir=given.get("output_dir"),
             grad_accum_steps=given["args"].grad_accum_steps,
         )
-        metrics = self._host_train_one_epoch(*arguments, **kwargs)
+        given["loader"] = self._task.batches(given["loader"])
+        if given.get("mixup_fn") is not None:
+            given["mixup_fn"] = self._task.mixing(given["mixup_fn"])
+        metrics = self._host_train_one_epoch(*bound.args, **bound.kwargs)
+        self._task.end_epoch()
         self._task.remember_generators()
         metrics.update(self._task.metrics())
         return metrics

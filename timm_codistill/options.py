@@ -65,12 +65,17 @@ def data_config(args: argparse.Namespace) -> DataConfig:
     return DataConfig(**_values(args, DataConfig))
 
 
-def refuse_host_options(args: argparse.Namespace) -> None:
-    """Turn away options of train.py that cannot work together with `--codistill`.
+def refuse_host_options(args: argparse.Namespace, config: Optional[CodistillConfig] = None) -> None:
+    """Turn away options of train.py that cannot work together with `--codistill`, or with what `config` asks for.
 
     Raises:
         ConfigError: naming the option.
     """
+    if config is not None and config.coordinated and getattr(args, "use_multi_epochs_loader", None):
+        raise ConfigError(
+            f"--use-multi-epochs-loader: cannot be combined with {flag('exchange')} prediction: its workers outlive an "
+            "epoch, and a peer that comes later would not draw as they do; leave one of them out"
+        )
     for name, spelling, reason in _REFUSED:
         if getattr(args, name, None):
             raise ConfigError(f"{spelling}: cannot be combined with --codistill: {reason}; leave one of them out")

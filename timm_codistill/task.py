@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+import torch.distributed as dist
 from timm.loss import JsdCrossEntropy
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from codistill import CodistillConfig, Codistiller, ConfigError, WeightDecay
+from codistill import CodistillConfig, Codistiller, ConfigError, WeightDecay, flag
+from timm_codistill import architectures
+from timm_codistill.coordinated import Sampling
 from timm_codistill.data import fingerprint, offset_sampler, seed_offset
 from timm_codistill.generators import Generators
-from timm_codistill.options import codistill_config
+from timm_codistill.options import codistill_config, data_config
 
 _STATE = "codistill"
 
@@ -40,6 +43,8 @@ class CodistillationTask(ClassificationTask):
         criterion: Loss function, as for `ClassificationTask`.
         options: Parsed arguments with the flags of `add_arguments`; without `--codistill` this is a
             `ClassificationTask`.
+        model_arguments: What `timm.create_model` was given besides the name, for peers of another architecture; timm
+            from 1.0.31 on remembers it.
         **kwargs: Passed on to `ClassificationTask`.
 
     Raises:
@@ -47,11 +52,19 @@ class CodistillationTask(ClassificationTask):
     """
 
     def __init__(
-        self, model: nn.Module, criterion: Any = None, *args: Any, options: argparse.Namespace, **kwargs: Any
+        self,
+        model: nn.Module,
+        criterion: Any = None,
+        *args: Any,
+        options: argparse.Namespace,
+        model_arguments: Optional[Mapping[str, Any]] = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(model, criterion, *args, **kwargs)
         self._config: Optional[CodistillConfig] = codistill_config(options)
-        self._model_name = getattr(options, "model", None)
+        self._data_seed = data_config(options).data_seed if self._config else 0
+        self._sampling: Optional[Sampling] = None
+        self._architecture = architectures.describe(model, model_arguments)
         schedule = self._config.weight_decay_schedule() if self._config else None
         self._weight_decay = WeightDecay(schedule) if schedule is not None else None
         self._codistiller: Optional[Codistiller] = None
@@ -60,7 +73,7 @@ class CodistillationTask(ClassificationTask):
         self._restored: dict[str, Any] = {}
         self._optimizer: Any = None
         self._compiled: Optional[dict[str, Any]] = None
-        self._update, self._epoch = 0, 1
+        self._update, self._update_after, self._epoch = 0, 0, 1
         self._checkpoint_at: Optional[int] = None
 
     def epochs(
@@ -91,6 +104,7 @@ class CodistillationTask(ClassificationTask):
         for epoch in epochs:
             self.begin_epoch(epoch, loader, optimizer, save_dir=save_dir, grad_accum_steps=grad_accum_steps)
             yield epoch
+            self.end_epoch()
         self.finish()
 
     def begin_epoch(
@@ -106,10 +120,33 @@ class CodistillationTask(ClassificationTask):
         if self._config is None:
             return
         self._epoch, self._optimizer = epoch + 1, optimizer
-        self._update = epoch * -(-len(loader) // grad_accum_steps)  # as train.py counts, resumed or not
-        offset_sampler(loader, seed_offset(self._config.peer), epoch)
+        updates = -(-len(loader) // grad_accum_steps)
+        self._update, self._update_after = epoch * updates, (epoch + 1) * updates  # as train.py counts, resumed or not
+        seed = self._data_seed if self._config.coordinated else self._config.peer
+        offset_sampler(loader, seed_offset(seed), epoch)
+        if self._config.coordinated:
+            if self._sampling is None:
+                self._sampling = Sampling(self._data_seed, _rank(), self.device)
+            self._sampling.begin_epoch(epoch + 1, grad_accum_steps)
         if self._codistiller is None:
             self._begin(self._config, loader.dataset, save_dir)
+
+    def batches(self, loader: Any) -> Any:
+        """What to go through in this epoch in place of `loader`: the same thing, unless all peers train in step.
+
+        Raises:
+            ConfigError: When all peers train in step and the loader's workers persist.
+        """
+        return loader if self._sampling is None else self._sampling.batches(loader)
+
+    def mixing(self, mixup_fn: Any) -> Any:
+        """What to call in place of timm's Mixup: the same thing, unless all peers train in step."""
+        return mixup_fn if self._sampling is None else self._sampling.mixing(mixup_fn)
+
+    def end_epoch(self) -> None:
+        """All of an epoch's batches are done; those that were skipped to meet other peers count as updates."""
+        if self._sampling is not None:
+            self._update = self._update_after
 
     def update_ema(self, step: Optional[int] = None) -> None:
         """Update the moving average as timm does; `step` is the number of updates done."""
@@ -129,7 +166,7 @@ class CodistillationTask(ClassificationTask):
         self._begin_update()
         result = super().forward(input, target)
         if self._codistiller is not None and self._codistiller.active:
-            penalty = self._penalty(self._codistiller, input, result["output"])
+            penalty = self._penalty(self._codistiller, input, target, result["output"])
             result["loss"] = result["loss"] + (penalty - penalty.detach()).to(result["loss"].dtype)
         return result
 
@@ -202,14 +239,22 @@ class CodistillationTask(ClassificationTask):
                 f"--codistill: {type(self._optimizer).__name__} takes second derivatives, which the penalty does not "
                 "have; choose another --opt, or leave --codistill out"
             )
+        if config.publish == "ema" and not self.has_ema():
+            raise ConfigError(
+                f"{flag('publish')} ema: there is no moving average of the weights; add --model-ema, or leave it out"
+            )
         model = unwrap_model(self.trainable_module)
+        classes = getattr(model, "num_classes", None)
         self._codistiller = Codistiller(
             config,
             model=model,
             build_peer=self._build_peer,
-            fingerprint=fingerprint(getattr(model, "num_classes", None), dataset),
+            fingerprint=fingerprint(classes, dataset),
             save_dir=Path(save_dir or "."),  # worker 0 alone writes there
-            architecture=_architecture(self._model_name, model),
+            architecture=self._architecture,
+            build_unlike=lambda name, arguments: architectures.build(name, arguments, classes),
+            place=lambda module: self._compile_like_ours(architectures.place(module, model)),
+            published_state=self._averaged if config.publish == "ema" else None,
         )
         atexit.register(self._codistiller.close)
         if self._restored:
@@ -224,30 +269,41 @@ class CodistillationTask(ClassificationTask):
     def _begin_update(self) -> None:
         if self._codistiller is None:
             return
+        if self._sampling is not None and self._sampling.position is None:
+            raise ConfigError(
+                f"{flag('exchange')} prediction: all peers must go through the same batches; iterate over "
+                "task.batches(loader) in place of the loader"
+            )
         if self._checkpoint_at is not None:  # train.py goes on training only when it is written
             self._codistiller.checkpoint_saved(self._checkpoint_at)
             self._checkpoint_at = None
         self._codistiller.begin_update(self._update, self._epoch)
         if self._weight_decay is not None:
             self._weight_decay.apply(self._optimizer.param_groups, self._update, self._epoch - 1)
+        if self._sampling is not None and self._sampling.position is not None:
+            self._sampling.skip_to(self._codistiller.begin_batch(self._sampling.position))
 
-    def _penalty(self, codistiller: Codistiller, input: Tensor, output: Tensor) -> Tensor:
+    def _penalty(self, codistiller: Codistiller, input: Tensor, target: Tensor, output: Tensor) -> Tensor:
         counted = output.shape[0]
         if isinstance(self.criterion, JsdCrossEntropy):
             counted //= self.criterion.num_splits
-        found = codistiller.penalty(output[:counted], lambda peer: peer(input[:counted]))
+        inputs = (input, target) if self._sampling is not None else ()
+        found = codistiller.penalty(output[:counted], lambda peer: peer(input[:counted]), inputs=inputs)
         return codistiller.alpha / counted * found.loss
 
     def _build_peer(self) -> nn.Module:
-        """A module like ours; compiled in place, so that the names of its weights stay the same."""
-        peer = copy.deepcopy(unwrap_model(self.trainable_module))
+        return self._compile_like_ours(copy.deepcopy(unwrap_model(self.trainable_module)))
+
+    def _compile_like_ours(self, peer: nn.Module) -> nn.Module:
+        """In place, so that the names of its weights stay the same."""
         if self._compiled is not None:
             peer.compile(**self._compiled)
         return peer
 
+    def _averaged(self) -> dict[str, Tensor]:
+        state = unwrap_model(self.get_trainable_module(ema=True)).state_dict()
+        return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
-def _architecture(given: Any, model: nn.Module) -> Optional[dict[str, Any]]:
-    """The name that `timm.create_model` was `given`, or that timm's registry has for `model`, as manifests hold it."""
-    known = getattr(model, "pretrained_cfg", None)
-    name = given or (known.get("architecture") if isinstance(known, Mapping) else None)
-    return {"name": name, "arguments": {}} if isinstance(name, str) else None
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

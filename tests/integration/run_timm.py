@@ -1,7 +1,7 @@
 """One worker of a timm training, in a process of its own that was forked with torch and timm already imported.
 
 Runs a train.py as `python train.py …` does, or through `timm-codistill`, and records what a log would round: the loss
-of every batch, whether a penalty was added, and the state of every random generator after it, the same for both.
+of every batch, whether a penalty was added, what the batch was, and the state of every random generator after it.
 """
 
 import dataclasses
@@ -110,6 +110,17 @@ def penalised(task):
     return codistiller is not None and codistiller.active
 
 
+def digest(batch):
+    """Of images and labels, to the last bit."""
+    return hashlib.sha256(b"".join(part.contiguous().numpy().tobytes() for part in batch)).hexdigest()[:16]
+
+
+def position(task):
+    """Epoch, from 1, and micro-batch, where all peers go through the same ones."""
+    sampling = getattr(task, "_sampling", None)
+    return [sampling.position.epoch, sampling.position.batch] if sampling is not None else None
+
+
 def record(path, pause):
     """Append a line for every batch to `path`."""
     host_call = ClassificationTask.__call__
@@ -117,7 +128,13 @@ def record(path, pause):
     def call(self, *args, **kwargs):
         result = host_call(self, *args, **kwargs)
         with open(path, "a", encoding="utf-8") as file:
-            line = {"loss": float(result["loss"]), "penalised": penalised(self), "generators": generators()}
+            line = {
+                "loss": float(result["loss"]),
+                "penalised": penalised(self),
+                "generators": generators(),
+                "inputs": digest(args),
+                "position": position(self),
+            }
             file.write(json.dumps(line) + "\n")
         time.sleep(pause)
         return result

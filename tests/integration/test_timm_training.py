@@ -74,7 +74,8 @@ def test_two_peers_of_two_workers_train_under_torchrun_log_and_resume(runs):
         create_model("test_resnet", num_classes=10).load_state_dict(checkpoint["state_dict"])
         latest = json.loads((runs.exchange / "default/peers" / training.save_dir.name[-1] / "latest.json").read_text())
         assert latest["manifest"]["final"]
-        assert latest["manifest"]["architecture"] == {"name": "test_resnet", "arguments": {}}
+        assert latest["manifest"]["architecture"]["name"] == "test_resnet.r160_in1k"
+        assert latest["manifest"]["architecture"]["arguments"]["num_classes"] == 10
     states = [training.checkpoint()["state_dict"] for training in again]
     assert not torch.equal(states[0]["fc.weight"], states[1]["fc.weight"])
 

@@ -118,6 +118,11 @@ class Training:
         for process in self.processes:
             process.join()
 
+    @property
+    def running(self) -> bool:
+        """Whether a worker still is."""
+        return any(process.exitcode is None for process in self.processes)
+
     def records(self, rank: int = 0) -> list[dict[str, Any]]:
         """The exact numbers of every batch so far; a restart appends."""
         return _json_lines(self._file("record", rank))

@@ -45,13 +45,11 @@ class Peers:
     def __init__(self, folder):
         self.folder, self.tasks = folder, []
 
-    def task(self, number, model, *flags, criterion=None, peers=2, name=None):
+    def task(self, number, model, *flags, criterion=None, peers=2, **how):
         given = ["--codistill", "--codistill-dir", self.folder / "exchange", "--codistill-interval", "1"]
         given += ["--codistill-peer", number, "--codistill-peers", peers, "--codistill-timeout", "30", *flags]
         parsed = options(*map(str, given))
-        if name is not None:
-            parsed.model = name  # as train.py's --model
-        made = CodistillationTask(model, criterion or nn.CrossEntropyLoss(), options=parsed)
+        made = CodistillationTask(model, criterion or nn.CrossEntropyLoss(), options=parsed, **how)
         self.tasks.append(made)
         return made
 

@@ -62,6 +62,33 @@ def test_a_reader_without_a_list_of_samples_is_refused():
     )
 
 
+def test_shards_are_parts_of_the_fraction_that_do_not_overlap(folder):
+    config = DataConfig(0.25, 3, data_shard=True)
+    whole, *parts = (train_split(folder) for _ in range(4))
+    keep_fraction(whole, config)
+    for peer, part in enumerate(parts):
+        keep_fraction(part, config, (peer, 3))
+    shared_out = [sample for part in parts for sample in part.reader.samples]
+    assert sorted(shared_out) == sorted(whole.reader.samples)
+    assert len(shared_out) == len(set(shared_out)) == 359
+    assert {len(part) for part in parts} == {119, 120}
+
+
+def test_a_shard_of_what_has_no_list_of_samples_or_too_few_is_refused(folder):
+    with pytest.raises(ConfigError) as error:
+        keep_fraction(types.SimpleNamespace(reader=object()), DataConfig(data_shard=True), (0, 2))
+    assert str(error.value) == (
+        "--codistill-data-shard: works for folders and tar files of images, not for object; "
+        "leave it out, or choose a part with --train-split"
+    )
+    with pytest.raises(ConfigError) as error:
+        keep_fraction(train_split(folder), DataConfig(0.001, data_shard=True), (1, 2))
+    assert str(error.value) == (
+        "--codistill-data-shard: 1437 samples cannot be shared out among 2 peers; "
+        "leave it out, or have fewer --codistill-peers"
+    )
+
+
 def test_the_fingerprint_is_of_the_classes_and_their_names(folder):
     dataset = train_split(folder)
     wrapped = types.SimpleNamespace(dataset=dataset)  # as AugMixDataset does

@@ -27,6 +27,7 @@ def script(main, *flags):
     module.parser.add_argument("--stop-epoch", type=int, default=None)  # from timm 1.0.31, like the next
     module.parser.add_argument("--task", default="classification")
     module.ClassificationTask = ClassificationTask
+    module.create_model = create_model
     module.create_dataset = lambda *args, **kwargs: kwargs
     module.create_loader = lambda *args, **kwargs: kwargs
     module.train_one_epoch = train_one_epoch
@@ -50,7 +51,7 @@ def train_one_epoch(epoch, model, loader, optimizer, args, task=None, output_dir
 
 def train(module, args, folder, made=None, epochs=2):
     """`main`, as far as it concerns us; gives the metrics of each epoch, of which only the first is trained."""
-    model = create_model("test_resnet", num_classes=5)
+    model = module.create_model("test_resnet", num_classes=5, in_chans=3, drop_rate=0.1)
     task = (made or module.ClassificationTask)(model=model, criterion=nn.CrossEntropyLoss())
     loader = DataLoader(TensorDataset(torch.randn(6, 3, 32, 32), torch.arange(6) % 5), batch_size=2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -142,6 +143,14 @@ def test_a_bad_option_ends_before_anything_is_built(tmp_path, flags, line):
     assert str(ended.value).startswith(line)
 
 
+def test_peers_are_told_with_what_train_py_has_made_the_model(tmp_path):
+    hooks.run(script(lambda module, args, text: train(module, args, tmp_path, epochs=1), *peer(tmp_path)))
+    assert latest(tmp_path)["manifest"]["architecture"] == {
+        "name": "test_resnet.r160_in1k",
+        "arguments": {"in_chans": 3, "num_classes": 5},
+    }
+
+
 def test_a_loader_without_workers_is_not_asked_to_keep_them(tmp_path):
     seen = []
 
@@ -150,3 +159,61 @@ def test_a_loader_without_workers_is_not_asked_to_keep_them(tmp_path):
 
     hooks.run(script(main, *peer(tmp_path)))
     assert seen == [{"num_workers": 0, "persistent_workers": False}, {"num_workers": 2}]
+
+
+@pytest.mark.parametrize(("exchange", "common"), [("checkpoint", False), ("prediction", True)])
+def test_only_exchange_by_prediction_gives_the_training_data_a_common_seed_and_new_workers_each_epoch(
+    tmp_path, exchange, common
+):
+    seen = []
+
+    def main(module, args, text):
+        for training in (True, False):
+            given = {"is_training": training, "seed": args.seed}
+            seen.append(module.create_dataset("", **given)["seed"] - args.seed)
+            given = {"is_training": training, "num_workers": 2, "batch_choice_seed": args.seed}
+            seen.append(module.create_loader(None, **given))
+
+    flags = ("--codistill-exchange", exchange, "--codistill-data-seed", 7)
+    hooks.run(script(main, *peer(tmp_path), *flags))
+    seed = 42 + SEED_STRIDE
+    own = {"num_workers": 2, "batch_choice_seed": seed}
+    if common:
+        assert seen[:2] == [
+            7 - seed,
+            {"is_training": True, **own, "batch_choice_seed": 7, "persistent_workers": False},
+        ]
+    else:
+        assert seen[:2] == [0, {"is_training": True, **own}]
+    assert seen[2:] == [0, {"is_training": False, **own}]
+
+
+def test_a_peer_trains_on_its_own_shard(tmp_path):
+    seen = []
+
+    def main(module, args, text):
+        module.create_dataset("", is_training=True)
+        module.create_dataset("", is_training=False)
+
+    def create_dataset(*arguments, **kwargs):
+        reader = types.SimpleNamespace(samples=list(range(10)))
+        seen.append(types.SimpleNamespace(reader=reader))
+        return seen[-1]
+
+    for number in (0, 1):
+        module = script(main, *peer(tmp_path), "--codistill-peer", number, "--codistill-data-shard")
+        module.create_dataset = create_dataset
+        hooks.run(module)
+    kept = [dataset.reader.samples for dataset in seen]
+    assert sorted(kept[0] + kept[2]) == kept[1] == kept[3] == list(range(10))
+    assert len(kept[0]) == 5
+
+
+def test_a_shard_where_all_train_on_the_same_batches_ends_before_anything_is_built(tmp_path):
+    flags = ("--codistill-data-shard", "--codistill-exchange", "prediction")
+    with pytest.raises(SystemExit) as ended:
+        hooks.run(script(lambda module, args, text: pytest.fail("it went on"), *peer(tmp_path), *flags))
+    assert str(ended.value) == (
+        "--codistill-data-shard: with --codistill-exchange prediction all peers train on the same batches; "
+        "leave one of them out"
+    )

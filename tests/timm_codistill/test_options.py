@@ -17,8 +17,10 @@ FLAGS = [
     "--codistill-burn-in",
     "--codistill-data-fraction",
     "--codistill-data-seed",
+    "--codistill-data-shard",
     "--codistill-dir",
     "--codistill-dtype",
+    "--codistill-exchange",
     "--codistill-interval",
     "--codistill-keep",
     "--codistill-loss",
@@ -26,10 +28,14 @@ FLAGS = [
     "--codistill-on-error",
     "--codistill-peer",
     "--codistill-peers",
+    "--codistill-publish",
+    "--codistill-rendezvous",
     "--codistill-run-id",
     "--codistill-sync",
     "--codistill-temperature",
     "--codistill-timeout",
+    "--codistill-topk",
+    "--codistill-topology",
     "--codistill-weight-decay",
 ]
 
@@ -80,6 +86,21 @@ def test_the_command_line_and_a_config_file_mean_the_same():
         ({"codistill_sync": "yes"}, "--codistill-sync yes: must be true or false"),
         ({"codistill_dir": {}}, "--codistill-dir {}: must be text"),
         ({"codistill_loss": "l2"}, "--codistill-loss l2: must be one of kl, mse, ce"),
+        ({"codistill_exchange": "logits"}, "--codistill-exchange logits: must be one of checkpoint, prediction"),
+        ({"codistill_publish": "swa"}, "--codistill-publish swa: must be one of raw, ema"),
+        ({"codistill_topk": 2.5}, "--codistill-topk 2.5: must be a whole number"),
+        (
+            {"codistill_topology": "star"},
+            "--codistill-topology star: must be all, ring, or random-K with a number K, such as random-2",
+        ),
+        (
+            {"codistill_exchange": "prediction", "codistill_rendezvous": "here:1"},
+            "--codistill-rendezvous here:1: must be tcp://HOST:PORT, HOST being the machine of peer 0",
+        ),
+        (
+            {"codistill_exchange": "prediction", "codistill_publish": "ema"},
+            "--codistill-publish ema: has no meaning with --codistill-exchange prediction; leave one of them out",
+        ),
         (
             {"codistill_aplha": 1},
             "codistill_aplha in the config file: no such option exists; did you mean codistill_alpha?",
@@ -96,6 +117,29 @@ def test_a_bad_value_in_a_config_file_is_one_line(yaml, line):
     with pytest.raises(ConfigError) as error:
         codistill_config(parse(**{"codistill": True, "codistill_dir": "x", **yaml}))
     assert str(error.value) == line
+
+
+def test_a_shard_is_asked_for_without_a_value_and_refused_without_the_switch():
+    assert data_config(parse("--codistill-data-shard")).data_shard
+    assert data_config(parse(codistill_data_shard=True)).data_shard
+    with pytest.raises(ConfigError, match=r"^--codistill-data-shard yes: must be true or false$"):
+        data_config(parse(codistill_data_shard="yes"))
+    with pytest.raises(ConfigError, match=r"^--codistill-data-shard: has no effect without --codistill, which"):
+        codistill_config(parse("--codistill-data-shard"))
+
+
+def test_workers_that_outlive_an_epoch_do_not_go_with_exchange_by_prediction():
+    host = argparse.Namespace(use_multi_epochs_loader=True)
+    config = codistill_config(parse("--codistill", "--codistill-dir", "x"))
+    refuse_host_options(host, config)
+    config = codistill_config(parse("--codistill", "--codistill-dir", "x", "--codistill-exchange", "prediction"))
+    refuse_host_options(argparse.Namespace(use_multi_epochs_loader=False), config)
+    with pytest.raises(ConfigError) as error:
+        refuse_host_options(host, config)
+    assert str(error.value) == (
+        "--use-multi-epochs-loader: cannot be combined with --codistill-exchange prediction: its workers outlive an "
+        "epoch, and a peer that comes later would not draw as they do; leave one of them out"
+    )
 
 
 def test_a_bad_value_on_the_command_line_is_one_line_without_the_usage(capsys):

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import time
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
-from codistill import KEYS, ConfigError
+from codistill import KEYS, ConfigError, Position
 from tests.timm_codistill.fixtures_tasks import (  # noqa: F401
     IMAGES,
     LABELS,
@@ -26,6 +28,8 @@ from tests.timm_codistill.fixtures_tasks import (  # noqa: F401
 from timm_codistill import CodistillationTask
 
 # ruff: noqa: F811
+
+GIVEN = {"resnet": {"num_classes": 5}, "vit": {"num_classes": 5, "img_size": 32}}
 
 
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
@@ -179,17 +183,115 @@ def test_an_optimizer_that_takes_second_derivatives_is_refused_when_there_are_pe
 
 
 @pytest.mark.parametrize(
-    ("model", "given", "wanted"),
+    ("model", "wanted"),
     [
-        ("resnet", "test_resnet.r160_in1k", {"name": "test_resnet.r160_in1k", "arguments": {}}),
-        ("vit", None, {"name": "test_vit", "arguments": {}}),
-        ("resnext", None, None),  # built by hand
+        ("resnet", {"name": "test_resnet.r160_in1k", "arguments": {"num_classes": 5}}),
+        ("vit", {"name": "test_vit.r160_in1k", "arguments": {"img_size": 32, "num_classes": 5}}),
+        ("resnext", None),  # built by hand
     ],
 )
-def test_a_manifest_says_which_of_timm_s_models_it_is(peers, model, given, wanted):
-    peers.publish(MODELS[model](), updates=1, name=given)
+def test_a_manifest_says_which_of_timm_s_models_it_is(peers, model, wanted):
+    peers.publish(MODELS[model](), updates=1, model_arguments=GIVEN.get(model))
     latest = json.loads((peers.folder / "exchange/default/peers/1/latest.json").read_text(encoding="utf-8"))
     assert latest["manifest"]["architecture"] == wanted
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("resnet", "vit"), ("vit", "resnet")])
+def test_peers_of_two_architectures_codistil(peers, ours, theirs):
+    published = peers.publish(MODELS[theirs](), model_arguments=GIVEN[theirs])
+    own = MODELS[ours]().to(memory_format=torch.channels_last)
+    task = peers.task(0, own, model_arguments=GIVEN[ours])
+    task.compile(backend="eager")
+    peers.until_it_has_a_peer(task, own)
+    seen = []
+    task._codistiller.penalty(own(IMAGES), lambda peer: seen.append(peer) or peer(IMAGES))
+    assert type(seen[0]) is type(published)
+    assert seen[0]._compiled_call_impl is not None
+    with torch.no_grad():
+        torch.testing.assert_close(seen[0](IMAGES), published(IMAGES))
+    assert task.metrics()["codistill_incidents"] == 0
+
+
+def test_an_unlike_peer_that_says_too_little_is_refused_and_training_goes_on(peers):
+    peers.publish(MODELS["vit"](), model_arguments={"img_size": 64})
+    own = MODELS["resnet"]()
+    task = peers.task(0, own)
+    task.begin_epoch(0, loader(), torch.optim.SGD(own.parameters(), lr=0.0), save_dir=peers.folder / "0")
+    step = 0
+    while task.metrics()["codistill_incidents"] == 0:
+        step += 1
+        assert step < 1000
+        task(IMAGES, LABELS)
+        task.update_ema(step)
+        time.sleep(0.02)
+    assert task.metrics()["codistill_peers"] == 0
+
+
+def test_the_moving_average_is_published_where_that_is_asked_for(peers):
+    published = MODELS["resnet"]()
+    task = peers.task(1, published, "--codistill-publish", "ema")
+    task.setup_ema(decay=0.5)
+    optimizer = torch.optim.SGD(published.parameters(), lr=0.05)
+    for _ in task.epochs(range(1), loader(), optimizer, save_dir=peers.folder / "1"):
+        for step in range(3):
+            update(task, optimizer, step + 1)
+    average = task.trainable_module_ema.module.eval()
+
+    own = MODELS["resnet"]()
+    task = peers.task(0, own)
+    peers.until_it_has_a_peer(task, own)
+    seen = []
+    task._codistiller.penalty(own(IMAGES), lambda peer: seen.append(peer(IMAGES)) or seen[-1])
+    with torch.no_grad():
+        assert torch.equal(seen[0], average(IMAGES))
+        assert not torch.allclose(seen[0], published.eval()(IMAGES))
+
+
+def test_a_moving_average_that_is_not_kept_cannot_be_published(peers):
+    model = MODELS["resnet"]()
+    task = peers.task(0, model, "--codistill-publish", "ema")
+    with pytest.raises(ConfigError) as error:
+        task.begin_epoch(0, loader(), torch.optim.SGD(model.parameters(), lr=0.1), save_dir=peers.folder / "0")
+    assert str(error.value) == (
+        "--codistill-publish ema: there is no moving average of the weights; add --model-ema, or leave it out"
+    )
+
+
+def test_an_epoch_of_which_much_was_skipped_counts_as_whole(peers):
+    model = MODELS["resnet"]()
+    task = peers.task(0, model, "--codistill-exchange", "prediction")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    eight = DataLoader(TensorDataset(IMAGES.repeat(2, 1, 1, 1), LABELS.repeat(2)), batch_size=2)
+    seen = []
+    for _ in task.epochs(range(2), eight, optimizer, save_dir=peers.folder / "0"):
+        for images, labels in task.batches(eight):
+            task(images, labels)["loss"].backward()
+            optimizer.step()
+            task.update_ema()
+            seen.append((task._sampling.position, task.updates))
+            if seen[-1][0] == Position(1, 1):
+                task._sampling.skip_to(Position(2, 3))
+    assert seen == [
+        *((Position(1, number), number + 1) for number in (0, 1)),
+        *((Position(2, number), 9 + count) for count, number in enumerate((0, 3, 4, 5, 6, 7))),
+    ]
+    assert task.updates == 16
+
+
+def test_a_loop_of_one_s_own_that_leaves_the_order_to_the_loader_is_told_how_to_coordinate(peers):
+    model = MODELS["resnet"]()
+    task = peers.task(0, model, "--codistill-exchange", "prediction")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    task.begin_epoch(0, loader(), optimizer, save_dir=peers.folder / "0")
+    with pytest.raises(ConfigError) as error:
+        task(IMAGES, LABELS)
+    assert str(error.value) == (
+        "--codistill-exchange prediction: all peers must go through the same batches; "
+        "iterate over task.batches(loader) in place of the loader"
+    )
+    plain = peers.task(1, model)
+    plain.begin_epoch(0, loader(), optimizer, save_dir=peers.folder / "1")
+    assert [plain.batches(part) for part in "ab"] == [plain.mixing(part) for part in "ab"] == ["a", "b"]
 
 
 def test_every_method_takes_what_timm_s_own_takes():

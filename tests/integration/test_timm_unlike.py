@@ -1,0 +1,22 @@
+"""A ResNet and a vision transformer codistil: each builds the other from what its manifest says."""
+
+from tests.integration import timm_trainings
+from tests.integration.timm_trainings import SYNC
+
+script, runs = timm_trainings.script, timm_trainings.runs
+
+VIT = ("--model", "test_vit", "--model-kwargs", "img_size=32")
+HALF = ("--amp", "--amp-dtype", "bfloat16", "--channels-last", "--input-size", "3", "32", "32")
+
+
+def test_two_architectures_codistil(runs):
+    flags = ("--epochs", "2", *SYNC, *HALF, "--model-ema")
+    peers = [runs.peer(0, *flags, "--codistill-publish", "ema"), runs.peer(1, *flags, *VIT)]
+    for peer in peers:
+        peer.wait()
+    for peer, name in zip(peers, ("test_resnet", "test_vit"), strict=True):
+        last = peer.metrics()[-1]
+        assert (last["peers"], last["incidents"]) == (1, 0), peer.errors()[-3000:]
+        assert last["loss"] > 0
+        assert any(record["penalised"] for record in peer.records())
+        assert f'"{name}.' in (runs.exchange / "run/peers" / peer.save_dir.name[-1] / "latest.json").read_text()
