@@ -8,9 +8,25 @@ import platform
 
 import torch
 
-from benchmarks import exchange_cost, memory, timm_update_cost, update_cost
+from benchmarks import (
+    bytes_per_update,
+    exchange_cost,
+    many_peers,
+    memory,
+    prediction_cost,
+    timm_update_cost,
+    update_cost,
+)
 
-QUESTIONS = {"update": update_cost, "timm": timm_update_cost, "exchange": exchange_cost, "memory": memory}
+QUESTIONS = {
+    "update": update_cost,
+    "timm": timm_update_cost,
+    "prediction": prediction_cost,
+    "exchange": exchange_cost,
+    "memory": memory,
+    "bytes": bytes_per_update,
+    "peers": many_peers,
+}
 
 
 def main() -> None:
