@@ -31,7 +31,7 @@ from recipes.embedded.vision.demo import spread
 
 HALVES = ("nmt", "vision")
 SEEDS = {"nmt": (1, 11, 21), "vision": (0, 1, 2, 3, 4)}  # of fairseq's peers: the seed itself and those after it
-HEADER = ("", "best", "at the end", "less checkpoint", "agreement", "wall", "bytes/update")
+HEADER = ("", "best", "at the end", "less checkpoint", "together", "agreement", "wall", "bytes/update")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Outcome:
     peer: int
     best: float
     end: float
+    together: float
     agreement: float
     sent: float
     seconds: float
@@ -92,9 +93,8 @@ def _nmt(data: Path, updates: int | None, progress: Progress) -> list[Outcome]:
             log = nmt_results.read_log(arm.log(peer))
             metrics = measures.read_metrics(arm.save_dir(peer) / "metrics.jsonl")
             sent = measures.sent_bytes(metrics) / training.updates
-            found.append(
-                Outcome(variant.name, seed, peer, log.best[1], log.end, measures.agreement(metrics), sent, seconds)
-            )
+            shared = measures.together(metrics), measures.agreement(metrics)
+            found.append(Outcome(variant.name, seed, peer, log.best[1], log.end, *shared, sent, seconds))
         return found
 
     return _all(train, SEEDS["nmt"])
@@ -110,8 +110,11 @@ def _vision(data: Path, updates: int | None, progress: Progress) -> list[Outcome
         found = []
         for peer, run in enumerate(vision.read_arm(arm, seconds)):
             metrics = measures.read_metrics(arm.save_dir(peer) / "metrics.jsonl")
-            best, agreement = vision_results.best(run.validations), measures.agreement(metrics)
-            found.append(Outcome(variant.name, seed, peer, best, run.end.top1, agreement, run.sent, seconds))
+            best, shared = (
+                vision_results.best(run.validations),
+                (measures.together(metrics), measures.agreement(metrics)),
+            )
+            found.append(Outcome(variant.name, seed, peer, best, run.end.top1, *shared, run.sent, seconds))
         return found
 
     return _all(train, SEEDS["vision"])
@@ -141,6 +144,7 @@ def _report(half: str, outcomes: Sequence[Outcome]) -> str:
                     spread([outcome.best for outcome in own], digits),
                     spread([outcome.end for outcome in own], digits),
                     spread([outcome.end - base[outcome.seed] for outcome in own], digits),
+                    f"{100 * mean(outcome.together for outcome in own):.0f} %",
                     f"{mean(outcome.agreement for outcome in own):.2f}",
                     clock(mean(outcome.seconds for outcome in own)),
                     thousands(mean(outcome.sent for outcome in own)),
@@ -153,7 +157,8 @@ def _report(half: str, outcomes: Sequence[Outcome]) -> str:
     notes = [
         f"{what}; mean ± standard deviation over seeds {SEEDS[half]}.",
         "less checkpoint: at the end, less the mean of the two peers that exchange checkpoints, seed by seed.",
-        "agreement: share of training positions where a peer's most likely class is the others' too, near the end.",
+        "together: share of the run with a peer in use. agreement: share of training positions, near the end, where a",
+        "  peer's most likely class is the others' too.",
         "wall: one seed, all peers side by side on two cores. bytes/update: sent by one worker.",
     ]
     return "\n".join([table(HEADER, rows), "", *notes])

@@ -29,6 +29,11 @@ def agreement(metrics: Sequence[Mapping[str, Any]]) -> float:
     return float(seen[-1]) if seen else math.nan
 
 
+def together(metrics: Sequence[Mapping[str, Any]]) -> float:
+    """Share of the intervals at whose end a peer was in use."""
+    return sum(1 for row in metrics if row.get("peers")) / max(1, len(metrics))
+
+
 def sent_bytes(metrics: Sequence[Mapping[str, Any]]) -> int:
     """Bytes put on the exchange from the start to the last line; 0 where nothing was exchanged."""
     return max((int(row["sent"]) for row in metrics if row.get("sent") is not None), default=0)

@@ -57,14 +57,14 @@ def test_the_demos_own_trainings_are_reused_and_no_two_variants_share_a_folder()
 
 def test_the_report_compares_with_checkpoints_seed_by_seed():
     outcomes = [
-        Outcome(variant.name, seed, peer, 0.0, 90.0 + seed + (variant.name == "prediction"), 0.5, 1000, 61.0)
+        Outcome(variant.name, seed, peer, 0.0, 90.0 + seed + (variant.name == "prediction"), 0.7, 0.5, 1000, 61.0)
         for variant in VARIANTS
         for seed in exchanges.SEEDS["vision"]
         for peer in range(variant.peers)
     ]
     lines = exchanges._report("vision", outcomes).splitlines()
     [prediction] = [line for line in lines if line.startswith("prediction, peer 1")]
-    assert prediction.split()[3:] == "0.0 ± 0.0 93.0 ± 1.6 1.0 ± 0.0 0.50 1:01 1,000".split()
+    assert prediction.split()[3:] == "0.0 ± 0.0 93.0 ± 1.6 1.0 ± 0.0 70 % 0.50 1:01 1,000".split()
     assert sum(line.startswith("ring-of-4") for line in lines) == 4
     assert any(line.startswith("unlike, peer 1, deeper") for line in lines)
 
