@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 INPUT_SECONDS = 5  # longest that one input may take
 GROWTH_MB = 256  # most that resident memory may grow beyond what the imports need, the fuzzer's own included
-NAMES = ("strict_json", "manifest", "latest", "run", "snapshot", "proposal")
+NAMES = ("strict_json", "manifest", "latest", "post", "run", "snapshot", "proposal")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import random
 import re
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from codistill.exchange.checkpoint.meeting import Proposal, decode, encode
 from codistill.exchange.errors import Refused
 from codistill.exchange.manifest import Latest, Manifest, Reference
 from codistill.exchange.objects import Objects
+from codistill.exchange.prediction import posts
+from codistill.exchange.protocol import Position
 from codistill.exchange.snapshot import HostBuffer, Template
 from codistill.exchange.store import RunStore
 from tests.fixtures_store import make_latest, make_manifest
@@ -195,6 +197,12 @@ def _latest_seeds() -> list[bytes]:
     return [one.to_json() for one in latest]
 
 
+def _post_seeds() -> list[bytes]:
+    group = posts.Proposal(3, (0, 1), "127.0.0.1", 29500, Position(1, 40), 25)
+    alone = posts.Post("run", 1, 2, 9, "away", TERMS, "0" * 64, 1, 15, 1, 9000, 0, 1, None)
+    return [alone.to_json(), replace(alone, state="ready", generation=2, proposal=group).to_json()]
+
+
 def targets(folder: Path) -> dict[str, Target]:
     """Every target by name; `folder` is for the file that snapshots are read from."""
     snapshots = _Snapshots(folder / "snapshot.safetensors")
@@ -209,6 +217,12 @@ def targets(folder: Path) -> dict[str, Target]:
         ),
         "manifest": Target(Manifest.parse, Manifest.to_json, lambda: documents, 8192),
         "latest": Target(Latest.parse, Latest.to_json, _latest_seeds, 8192),
+        "post": Target(
+            lambda data: posts.Post.parse(data, "run", 1),
+            posts.Post.to_json,
+            _post_seeds,
+            8192,
+        ),
         "run": Target(
             _agree, strict_json.dumps, lambda: [_run_json(), _run_json(loss="mse"), _run_json("other")], 4096
         ),
