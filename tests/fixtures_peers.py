@@ -174,6 +174,25 @@ class Peer:
         return dict(self.codistiller._incidents.counts)
 
 
+def train_side_by_side(peers: Sequence[Peer], updates: Sequence[int]) -> None:
+    """Bring each peer to its number of updates, each in a thread of its own; raises what the first to fail raised."""
+    failed: list[BaseException] = []
+
+    def run(peer: Peer, goal: int) -> None:
+        try:
+            peer.step(goal - peer.update)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=run, args=pair) for pair in zip(peers, updates, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]
+
+
 @pytest.fixture
 def peers(tmp_path: Path, quick_exchange: Path) -> Iterator[Callable[..., Peer]]:
     """Makes `Peer`s over one folder, and closes them at the end."""

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -31,7 +30,7 @@ from codistill import CodistillConfig, Codistiller
 from codistill.exchange import membership, publisher
 from codistill.exchange.prediction import board, forming, predictions, rendezvous
 from codistill.exchange.protocol import Position
-from tests.faults.tiny_peer import Process, lines
+from tests.faults.tiny_peer import ForkServer, Process, lines
 from tests.fixtures_peers import CLASSES, FINGERPRINT, RUN, Tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -302,38 +301,11 @@ class Job:
         return found
 
 
-class TrainingProcesses:
+class TrainingProcesses(ForkServer):
     """Starts jobs, quickly, and ends those that still run when it is left."""
 
     def __init__(self) -> None:
-        self._started: list[Process] = []
-
-    def __enter__(self) -> TrainingProcesses:
-        self._server = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.fixtures_predictions"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, **ENVIRONMENT},
-        )
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for process in self._started:
-            process.kill()
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        self._server.stdin.close()
-        self._server.wait()
-        self._server.stdout.close()
-
-    def fork(self, path: str, rank: int, start: int) -> Process:
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        print(json.dumps([path, rank, start]), file=self._server.stdin, flush=True)
-        self._started.append(Process(int(self._server.stdout.readline())))
-        return self._started[-1]
+        super().__init__("tests.fixtures_predictions", ENVIRONMENT)
 
     def job(self, folder: Path, peer: int, *, options: dict[str, Any] | None = None, **plan: Any) -> Job:
         """A peer of a run over `folder`."""

@@ -17,7 +17,15 @@ from codistill.exchange.checkpoint.fetcher import snapshot_file
 from codistill.exchange.objects import Objects
 from codistill.exchange.store import RunStore
 from codistill.meters import INITIAL_WEIGHTS, METRICS_FILE
-from tests.fixtures_peers import RUN, Tiny, codistill_threads, peers, quick_exchange, until  # noqa: F401
+from tests.fixtures_peers import (  # noqa: F401
+    RUN,
+    Tiny,
+    codistill_threads,
+    peers,
+    quick_exchange,
+    train_side_by_side,
+    until,
+)
 
 # ruff: noqa: F811
 
@@ -563,21 +571,7 @@ class Sync:
 
     def train(self, *updates):
         """Bring each peer to its number of updates."""
-        failed = []
-
-        def run(peer, until_update):
-            try:
-                peer.step(until_update - peer.update)
-            except BaseException as error:
-                failed.append(error)
-
-        threads = [threading.Thread(target=run, args=pair) for pair in zip(self.pair, updates, strict=True)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if failed:
-            raise failed[0]
+        train_side_by_side(self.pair, updates)
 
     def checkpoint(self, number):
         peer = self.pair[number]

@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch._dynamo  # optimisers import it at their first step: here, once for all processes
@@ -435,21 +435,30 @@ class Process:
         self.wait(10)
 
 
-class Starter:
-    """Starts workers, quickly, and ends those that still run when it is left."""
+Served = TypeVar("Served", bound="ForkServer")
 
-    def __init__(self) -> None:
+
+class ForkServer:
+    """Forks processes from one that has imported what they need, and ends those that still run when it is left.
+
+    Args:
+        module: run as a script, it forks one for every line of JSON that it reads, and writes its process id.
+        environment: what its environment has in addition.
+    """
+
+    def __init__(self, module: str, environment: Mapping[str, str]) -> None:
+        self._module, self._environment = module, environment
         self._lock = threading.Lock()
         self._started: list[Process] = []
 
-    def __enter__(self) -> Starter:
+    def __enter__(self: Served) -> Served:
         self._server = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.faults.tiny_peer"],
+            [sys.executable, "-W", "ignore", "-m", self._module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env={**os.environ, **ENVIRONMENT},
+            env={**os.environ, **self._environment},
         )
         return self
 
@@ -462,15 +471,26 @@ class Starter:
         self._server.wait()
         self._server.stdout.close()
 
-    def start(self, plan: Plan, rank: int, start: int) -> Process:
-        """Worker `rank` of a plan that was written, for the `start`th time."""
+    def fork(self, path: str, rank: int, start: int) -> Process:
+        """Worker `rank` of the plan at `path`, for the `start`th time."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         with self._lock:
-            print(json.dumps([str(plan.path), rank, start]), file=self._server.stdin, flush=True)
+            print(json.dumps([path, rank, start]), file=self._server.stdin, flush=True)
             process = Process(int(self._server.stdout.readline()))
             self._started.append(process)
         return process
+
+
+class Starter(ForkServer):
+    """Starts workers of tiny peers."""
+
+    def __init__(self) -> None:
+        super().__init__("tests.faults.tiny_peer", ENVIRONMENT)
+
+    def start(self, plan: Plan, rank: int, start: int) -> Process:
+        """Worker `rank` of a plan that was written, for the `start`th time."""
+        return self.fork(str(plan.path), rank, start)
 
 
 class PeerProcesses:

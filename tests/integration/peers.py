@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,27 @@ def learns_on(training: Any, times: int = 1) -> Callable[[], bool]:
     """Whether from now on it takes up so many snapshots more: a condition for `until`."""
     before = len(_taken_up(training))
     return lambda: len(_taken_up(training)) >= before + times
+
+
+def ring_closes_over_a_killed_and_a_stopped_peer(peers: Sequence[Any]) -> list[Any]:
+    """Four peers on a ring learn; one is killed, then one stopped, and the last learns on; gives those that live."""
+    for peer in peers:
+        until(learns_on(peer), *peers)
+    peers[2].kill()
+    until(learns_on(peers[3], times=3), peers[3])
+    stopped = peers[1].processes[0].pid
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        until(learns_on(peers[3], times=3), peers[3])
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(stopped, signal.SIGCONT)
+    until(learns_on(peers[1]), peers[1])
+    alive = [peers[0], peers[1], peers[3]]
+    for peer in alive:
+        last = peer.metrics()[-1]
+        assert (last["peers"], last["incidents"]) == (1, 0), peer.errors()[-3000:]
+    return alive
 
 
 def _taken_up(training: Any) -> set[int]:

@@ -1,7 +1,6 @@
 """Peers that learn from a few of the others: whom, how that changes as peers come and go, and what it costs."""
 
 import json
-import threading
 import time
 
 import pytest
@@ -12,7 +11,15 @@ from codistill.exchange.objects import Objects
 from codistill.exchange.store import RunStore
 from codistill.topology import Topology
 from tests.codistill.exchange.checkpoint.test_checkpoints import linear
-from tests.fixtures_peers import RUN, Writer, data_parallel, peers, quick_exchange, until  # noqa: F401
+from tests.fixtures_peers import (  # noqa: F401
+    RUN,
+    Writer,
+    data_parallel,
+    peers,
+    quick_exchange,
+    train_side_by_side,
+    until,
+)
 
 # ruff: noqa: F811
 
@@ -272,21 +279,7 @@ class Synchronous:
         return peer
 
     def train(self, *updates):
-        failed = []
-
-        def run(peer, goal):
-            try:
-                peer.step(goal - peer.update)
-            except BaseException as error:
-                failed.append(error)
-
-        threads = [threading.Thread(target=run, args=job) for job in zip(self.jobs, updates, strict=True)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if failed:
-            raise failed[0]
+        train_side_by_side(self.jobs, updates)
 
     def checkpoint(self, number):
         peer = self.jobs[number]

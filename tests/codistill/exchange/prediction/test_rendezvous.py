@@ -386,8 +386,11 @@ def test_one_that_has_gone_is_left_out_at_once(jobs):
     second.say()
     first.say()
     until(first.offered)
+    assert until(second.offered)
     first.rendezvous.close(5)
+    began = time.monotonic()
     until(lambda: second.offered() is None)
+    assert time.monotonic() - began < rendezvous.PRESENT_SECONDS / 2, "as one that fell silent, not as one that left"
 
 
 @pytest.mark.parametrize(
