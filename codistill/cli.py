@@ -88,6 +88,41 @@ def _parser() -> argparse.ArgumentParser:
         help="with --watch, between two refreshes (default: %(default)g)",
     )
     status.set_defaults(run=_status)
+
+    plot = commands.add_parser(
+        "plot",
+        help="draw runs: losses, metrics, distance, staleness, ...",
+        description="Draws what trainings wrote of themselves, a panel for each key and a line for each name: the mean "
+        "of the runs of that name, with a 95 % interval (Student's t) where there are several. codistill plot "
+        "'plain=runs/plain-*' 'codistill=runs/co-*/peer-0' --show valid_loss,distance --out curves.png",
+        epilog="Keys: alpha, loss (the penalty), agreement, peers, staleness, gap, distance, sent, received, seconds, "
+        "skipped, incidents, wall, from metrics.jsonl; train_... and valid_... (or the name of another validation set) "
+        "with the host's own names behind, from a fairseq log (--log-format json, simple or tqdm) or timm's "
+        "summary.csv. A wrong key gets the list of those that a run has. Exit status: 0 when the files were written, 1 "
+        "when there is nothing to draw of a key or a file cannot be written, 2 for bad arguments. CSV columns: line, "
+        "key, x, mean, low, high, n.",
+    )
+    plot.add_argument(
+        "runs",
+        nargs="+",
+        metavar="[NAME=]RUN",
+        help="a save dir, or the file of a fairseq log, or a quoted pattern of them; runs of one name are one line, a "
+        "run without a name is a line of its own",
+    )
+    plot.add_argument(
+        "--show", metavar="KEYS", default="valid_loss,train_loss", help="keys, a panel each (default: %(default)s)"
+    )
+    plot.add_argument(
+        "--against",
+        choices=("updates", "epochs", "time"),
+        default="updates",
+        help="what x is; time: seconds that the run's processes ran (default: %(default)s)",
+    )
+    plot.add_argument("--out", type=Path, metavar="FILE", help="the picture to write: .png, .pdf or .svg")
+    plot.add_argument("--csv", type=Path, metavar="FILE", help="write the numbers drawn, too, or alone")
+    plot.add_argument("--title", default="", help="above the picture")
+    plot.add_argument("--log-y", action="store_true", help="y in logarithmic steps")
+    plot.set_defaults(run=_plot)
     return parser
 
 
@@ -134,6 +169,25 @@ def _status(arguments: argparse.Namespace) -> int:
     except BrokenPipeError:  # whoever read us, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor can Python flush at its end
         return 1
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    from codistill import plots
+    from codistill.config import ConfigError
+
+    try:
+        return plots.run(
+            arguments.runs,
+            show=arguments.show,
+            against=arguments.against,
+            out=arguments.out,
+            table=arguments.csv,
+            title=arguments.title,
+            log_y=arguments.log_y,
+        )
+    except ConfigError as error:
+        print(f"codistill: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

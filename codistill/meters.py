@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -134,12 +135,14 @@ class MetricsFile:
     """Appends one JSON line at a time to `metrics.jsonl` in the save dir."""
 
     def __init__(self, folder: Path, incidents: Incidents) -> None:
-        """Nothing is opened until the first line is written."""
+        """Nothing is opened until the first line is written; from now on the clock runs that each line tells."""
         self._path = folder / METRICS_FILE
+        self._began = time.monotonic()
         self._incidents = incidents
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append `record`; numbers that are not finite become null."""
+        """Append `record` and `wall`, this process's seconds so far; numbers that are not finite become null."""
+        record = {**record, "wall": round(time.monotonic() - self._began, 3)}
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         try:
             with open(self._path, "a", encoding="utf-8") as file:
