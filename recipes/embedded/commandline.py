@@ -11,18 +11,18 @@ from recipes.embedded.progress import Progress
 from recipes.embedded.steps import StepError
 
 
-def run(work: Callable[[Progress], None]) -> int:
-    """Do `work` and return the exit status."""
+def run(work: Callable[[Progress], None], name: str = "demo") -> int:
+    """Do `work` and return the exit status; `name` is how the line on stderr begins."""
     progress = Progress()
     try:
         work(progress)
     except (StepError, ProcessFailed) as error:
         progress.say("")
-        print(f"demo: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         progress.say("")
-        print("demo: interrupted; what is finished is kept, run again to go on", file=sys.stderr)
+        print(f"{name}: interrupted; what is finished is kept, run again to go on", file=sys.stderr)
         return 130
     return 0
 

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,17 @@ MARK = "done.json"
 
 class StepError(RuntimeError):
     """A step cannot be done; the message is one line for the person at the terminal."""
+
+
+def later(default: Any) -> Any:
+    """A field that settings got when something had been built from them already; see `plain`."""
+    return field(default=default, metadata={"later": True})
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """A dataclass of settings as a dict, without `later` fields at their default: digests of older ones still hold."""
+    unchanged = {f.name for f in fields(settings) if f.metadata.get("later") and getattr(settings, f.name) == f.default}
+    return {name: value for name, value in asdict(settings).items() if name not in unchanged}
 
 
 def digest(settings: Any) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from recipes.embedded.measures import FLOAT_BYTES, distance, read_metrics, ring_all_reduce_bytes, sent_bytes
@@ -38,11 +38,13 @@ class Training:
         update: the last update it mentions, 0 before the first.
         valid: (update, validation NLL in bits a subword), oldest first; the host's own nll_loss.
         parameters: trained parameters, 0 if the log does not say.
+        train: (update, training NLL in bits a subword) of the updates since the point before, with dropout.
     """
 
     update: int
     valid: Sequence[tuple[int, float]]
     parameters: int
+    train: Sequence[tuple[int, float]] = field(default_factory=list)
 
     @property
     def best(self) -> tuple[int, float]:
@@ -64,6 +66,7 @@ def read_log(path: Path) -> Training:
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     update, parameters = 0, 0
     valid: dict[int, float] = {}
+    train: dict[int, float] = {}
     for line in text.splitlines():
         found = _PARAMETERS.search(line)
         if found:
@@ -74,9 +77,11 @@ def read_log(path: Path) -> Training:
         values = json.loads(entry[2])
         if entry[1] == "valid":
             valid[int(values["valid_num_updates"])] = float(values["valid_nll_loss"])
+        elif entry[1] == "train_inner" and "nll_loss" in values:
+            train[int(values["num_updates"])] = float(values["nll_loss"])
         seen = values.get("num_updates") or values.get("train_num_updates") or values.get("valid_num_updates")
         update = max(update, int(seen or 0))
-    return Training(update, sorted(valid.items()), parameters)
+    return Training(update, sorted(valid.items()), parameters, sorted(train.items()))
 
 
 def read_hypotheses(path: Path) -> list[str]:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from recipes.embedded.processes import Command, loopback_interface
-from recipes.embedded.steps import digest
+from recipes.embedded.steps import digest, plain
 from recipes.embedded.variants import CHECKPOINT, Variant
-from recipes.embedded.vision.settings import DEEPER, SCANS, Training
+from recipes.embedded.vision.settings import DEEPER, Training
 
 SCRIPT = Path(__file__).with_name("train.py")
 _ENV = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -50,7 +50,7 @@ class Arm:
     @property
     def settings(self) -> dict[str, Any]:
         """All that its outcome depends on; the other arms' learning rates are no part of it."""
-        training = {key: value for key, value in asdict(self.training).items() if key != "lr"}
+        training = {key: value for key, value in plain(self.training).items() if key != "lr"}
         variant = {} if self.variant == CHECKPOINT else {"variant": asdict(self.variant)}
         return {"arm": self.name, "seed": self.seed, "training": training, "lr": self.lr, **variant}
 
@@ -74,6 +74,11 @@ class Arm:
     def updates_per_epoch(self) -> int:
         """Updates that take the model's workers once through the images."""
         return self.training.images // (self.training.batch * self.workers)
+
+    @property
+    def epochs(self) -> int:
+        """How often every worker's model sees the images."""
+        return self.training.updates // self.updates_per_epoch
 
     def save_dir(self, member: int) -> Path:
         """Save dir of one model (checkpoints, summary.csv, metrics.jsonl)."""
@@ -99,22 +104,44 @@ class Arm:
 
     def _shared(self, member: int) -> list[str]:
         t = self.training
-        epochs = t.updates // self.updates_per_epoch
-        argv = ["--data-dir", str(self.data), "--device", "cpu", "--workers", "0", "--no-aug", "--smoothing", "0"]
+        argv = ["--data-dir", str(self.data), "--device", "cpu", "--workers", "0", *self._augmentation()]
+        argv += ["--smoothing", f"{t.smoothing:g}"]
         model = DEEPER if self.variant.unlike and member % 2 else t.model
         argv += ["--model", model, "--num-classes", "10", "--input-size", "3", str(t.pixels), str(t.pixels)]
-        argv += ["--model-kwargs", "channels=" + repr(t.channels).replace(" ", ""), f"stem_width={t.stem}"]
+        argv += ["--model-kwargs", "channels=" + repr(t.channels).replace(" ", ""), f"stem_width={t.stem}", *t.kwargs]
         argv += [f"pretrained_cfg_overlay={{'crop_pct':{t.crop}}}"]
-        argv += ["--opt", "sgd", "--lr", str(self.lr), "--weight-decay", str(t.weight_decay)]
-        argv += ["--sched", "cosine", "--warmup-epochs", "0", "--batch-size", str(t.batch), "--epochs", str(epochs)]
+        argv += ["--opt", "sgd", "--lr", str(self.lr), "--weight-decay", str(t.weight_decay), *self._schedule()]
+        argv += ["--batch-size", str(t.batch), "--epochs", str(self.epochs)]
+        if t.validations:
+            argv += ["--val-interval", str(max(1, self.epochs // t.validations))]
         argv += ["--seed", str(self.seed), "--checkpoint-hist", "1", "--log-interval", "50"]
         argv += ["--output", str(self.folder), "--experiment", self.save_dir(member).name]
         return argv
 
+    def _augmentation(self) -> list[str]:
+        crop = self.training.augment
+        if crop is None:
+            return ["--no-aug"]
+        return ["--scale", *(f"{share:g}" for share in crop), "--hflip", "0", "--color-jitter", "0"]
+
+    def _schedule(self) -> list[str]:
+        t = self.training
+        if not t.milestones:
+            return ["--sched", "cosine", "--warmup-epochs", str(self._epoch(t.warmup))]
+        milestones = [str(self._epoch(share)) for share in t.milestones]
+        argv = ["--sched", "multistep", "--sched-on-updates", "--decay-rate", "0.1", "--decay-milestones", *milestones]
+        return [*argv, "--warmup-epochs", str(self._epoch(t.warmup))]
+
+    def _epoch(self, share: float) -> int:
+        return round(share * self.epochs)
+
     def _peers(self, member: int) -> list[str]:
         t = self.training
         argv = ["--codistill", "--codistill-peers", str(self.members), "--codistill-interval", str(t.interval)]
-        argv += ["--codistill-data-fraction", str(t.images / SCANS), "--codistill-data-seed", str(self.seed)]
+        argv += ["--codistill-data-fraction", str(t.images / t.scans), "--codistill-data-seed", str(self.seed)]
+        if t.decay:
+            schedule = ",".join(f"{self._epoch(share)}:{value:g}" for share, value in t.decay)
+            argv += ["--codistill-weight-decay", schedule]
         if self.members > 1:
             argv += ["--codistill-dir", str(self.folder / "exchange"), "--codistill-peer", str(member)]
             argv += ["--codistill-loss", t.loss, "--codistill-alpha", str(t.alpha)]

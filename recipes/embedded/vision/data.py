@@ -17,12 +17,13 @@ VALIDATION = 360  # of 1,797
 SEED = 0
 
 
-def write_digits(folder: Path, size: int = 16) -> Path:
+def write_digits(folder: Path, size: int = 16, validation: int = VALIDATION) -> Path:
     """Write the digits as PNG images of `size` × `size` pixels below `folder`; returns it.
 
     Args:
         folder: appears whole or not at all.
         size: the scans have 8 × 8 pixels, and are enlarged without smoothing.
+        validation: how many of the 1,797 are kept to validate.
     """
     if folder.exists():
         return folder
@@ -31,7 +32,7 @@ def write_digits(folder: Path, size: int = 16) -> Path:
     scans, labels = load_digits(return_X_y=True)
     order = numpy.random.default_rng(SEED).permutation(len(labels))
     for place, index in enumerate(order):
-        split = "validation" if place < VALIDATION else "train"
+        split = "validation" if place < validation else "train"
         target = unfinished / split / str(labels[index])
         target.mkdir(parents=True, exist_ok=True)
         pixels = (scans[index].reshape(8, 8) * (255 / 16)).astype(numpy.uint8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Validation:
-    """One validation: after which update, cross-entropy in nats, share of hits in percent."""
+    """One validation: after which update, cross-entropy in nats, share of hits in percent; the training loss."""
 
     update: int
     loss: float
     top1: float
+    train: float = math.nan
 
 
 def read_summary(path: Path, updates_per_epoch: int, every: int = 1) -> list[Validation]:
@@ -33,7 +35,8 @@ def read_summary(path: Path, updates_per_epoch: int, every: int = 1) -> list[Val
     for row in csv.DictReader(text.split("\n")[:-1]):
         update = (int(row["epoch"]) + 1) * updates_per_epoch
         if update % every == 0:
-            found.append(Validation(update, float(row["eval_loss"]), float(row["eval_top1"])))
+            loss, top1, train = (float(row[name]) for name in ("eval_loss", "eval_top1", "train_loss"))
+            found.append(Validation(update, loss, top1, train))
     return found
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from recipes.embedded.steps import later
+
 ARMS = ("all_reduce", "codistill", "alone")
 SEEDS = (0, 1, 2, 3, 4)
 GRID = (0.01, 0.03, 0.1)
@@ -22,6 +24,14 @@ class Training:
         images: of the training split; which ones depends on the seed, the same for every arm.
         batch: images per worker and update; `images` is a multiple of it for one worker and for two.
         updates: of every worker; a multiple of an epoch of one worker.
+        scans: in the training split, of which `images` are used.
+        kwargs: more arguments of the model, as `--model-kwargs` wants them.
+        augment: least and greatest share of a scan that a random crop shows; none: whole scans.
+        warmup: share of the training.
+        milestones: shares of the training after which the learning rate falls to a tenth; none: cosine.
+        decay: (share of the training, weight decay from there on); none: `weight_decay` throughout.
+        smoothing: of the labels.
+        validations: how many, evenly spread; 0: after every epoch.
     """
 
     updates: int = 240
@@ -38,6 +48,14 @@ class Training:
     burn_in: int = 40
     interval: int = 20
     lr: Mapping[str, float] = field(default_factory=lambda: {"all_reduce": 0.1, "codistill": 0.03, "alone": 0.03})
+    scans: int = later(SCANS)
+    kwargs: tuple[str, ...] = later(())
+    augment: tuple[float, float] | None = later(None)
+    warmup: float = later(0.0)
+    milestones: tuple[float, ...] = later(())
+    decay: tuple[tuple[float, float], ...] = later(())
+    smoothing: float = later(0.0)
+    validations: int = later(0)
 
     def __post_init__(self) -> None:
         whole = self.images // self.batch

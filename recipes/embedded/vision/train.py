@@ -58,11 +58,17 @@ parser.add_argument("--momentum", type=float, default=0.9)
 parser.add_argument("--lr", type=float, default=0.1)
 parser.add_argument("--weight-decay", type=float, default=2e-5)
 parser.add_argument("--sched", default="cosine")
+parser.add_argument("--sched-on-updates", action="store_true")
+parser.add_argument("--decay-milestones", type=int, nargs="+", default=[90, 180, 270], help="epochs, for multistep")
+parser.add_argument("--decay-rate", type=float, default=0.1)
 parser.add_argument("--epochs", type=int, default=10)
 parser.add_argument("--warmup-epochs", type=int, default=0)
 parser.add_argument("--warmup-lr", type=float, default=1e-5)
 parser.add_argument("--min-lr", type=float, default=0.0)
 parser.add_argument("--no-aug", action="store_true")
+parser.add_argument("--scale", type=float, nargs="+", default=[0.08, 1.0], help="area of a random crop, from and to")
+parser.add_argument("--hflip", type=float, default=0.5)
+parser.add_argument("--color-jitter", type=float, default=0.4)
 parser.add_argument("--aa", default=None, help="AutoAugment policy")
 parser.add_argument("--aug-splits", type=int, default=0)
 parser.add_argument("--jsd-loss", action="store_true")
@@ -81,6 +87,7 @@ parser.add_argument("--seed", type=int, default=42)
 parser.add_argument("-j", "--workers", type=int, default=4)
 parser.add_argument("--no-prefetcher", action="store_true")
 parser.add_argument("--log-interval", type=int, default=50)
+parser.add_argument("--val-interval", type=int, default=1, help="epochs between two validations")
 parser.add_argument("--recovery-interval", type=int, default=0)
 parser.add_argument("--checkpoint-hist", type=int, default=10)
 parser.add_argument("--resume", default="", metavar="PATH")
@@ -150,6 +157,9 @@ def main():
         )
         if args.distributed and args.dist_bn:
             utils.distribute_bn(task.get_trainable_module(), args.world_size, args.dist_bn == "reduce")
+        if (epoch + 1) % args.val_interval and epoch + 1 < epochs:
+            scheduler.step(epoch + 1)
+            continue
         eval_metrics = validate(task.get_eval_model(), loader_eval, nn.CrossEntropyLoss(), args, device, autocast)
         if task.has_ema():
             if args.distributed and args.dist_bn:
@@ -218,6 +228,9 @@ def build_loaders(args, data_config, device):
         datasets[True],
         is_training=True,
         no_aug=args.no_aug,
+        scale=args.scale,
+        hflip=args.hflip,
+        color_jitter=args.color_jitter,
         auto_augment=args.aa,
         num_aug_splits=args.aug_splits,
         collate_fn=collate_fn,

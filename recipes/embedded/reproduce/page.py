@@ -1,0 +1,156 @@
+"""Writes the page: every figure with its picture, numbers and command, every claim with its verdict.
+
+The text is reproduction.in.md; a line `[[NAME]]` in it becomes a table or a list of sections. All numbers come from the
+CSV files that `results` reads; nothing is trained. What has not been run is said.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from statistics import mean
+
+from recipes.embedded.reproduce import pictures, results, search, settings
+from recipes.embedded.reproduce.claims import CLAIMS, Claim
+from recipes.embedded.reproduce.figures import FIGURES, Curves, Figure, Numbers, Sweep
+from recipes.embedded.reproduce.results import Results
+from recipes.embedded.reproduce.trainings import Cell
+from recipes.embedded.reproduce.verdicts import Judgement, Verdict, interval, judge, together
+
+NAME = "reproduction"
+TEXT = Path(__file__).with_name("reproduction.in.md")
+COMMAND = "make reproduce"
+QUICK = "**A quick run: one seed and a few updates of everything. It shows that all of it works, and nothing else.**"
+DIGITS = {"top1": 1, "ensemble_top1": 1, "averaged_top1": 1, "churn": 1, "distance": 2}
+
+
+def write(out: Path, found: Results, *, quick: bool = False) -> None:
+    """Write `out`/reproduction.md and the pictures in `out`/reproduction."""
+    folder = out / NAME
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {figure.key for figure in FIGURES if pictures.draw(folder / f"figure-{figure.key}.png", figure, found)}
+    judged = {claim.key: [judge(part, found.ends) for part in claim.parts] for claim in CLAIMS}
+    verdicts = {key: together([one.verdict for one in parts]) for key, parts in judged.items()}
+    parts = {
+        "quick": [QUICK] if quick else [],
+        "claims": _overview(verdicts),
+        "margins": _margins(),
+        "chosen": _chosen(results.read(folder / search.NAME)),
+        "figures": (line for figure in FIGURES for line in _figure(figure, found, verdicts, figure.key in drawn)),
+        "parts": (line for claim in CLAIMS for line in _claim(claim, verdicts[claim.key], judged[claim.key])),
+    }
+    text = re.sub(r"^\[\[(\w+)\]\]$", lambda mark: "\n".join(parts[mark[1]]), TEXT.read_text("utf-8"), flags=re.M)
+    (out / f"{NAME}.md").write_text(text, encoding="utf-8")
+
+
+def _margins() -> Iterator[str]:
+    for metric, unit in (
+        ("top1", "points of top-1"),
+        ("valid_nll", "bits of NLL"),
+        ("train_loss", "nats of training loss"),
+    ):
+        yield f"* {settings.MARGINS[metric]:g} {unit}"
+
+
+def _overview(verdicts: Mapping[str, Verdict]) -> Iterator[str]:
+    rows = [[claim.key, claim.says, ", ".join(claim.figures), f"**{verdicts[claim.key]}**"] for claim in CLAIMS]
+    yield from _table(("", "claim, in our words", "figures", "here"), rows)
+
+
+def _chosen(searched: Results) -> Iterator[str]:
+    tried = {(base.task, base.kind): (base, means) for base, means in search.outcomes(searched).items()}
+    yield "Searched (means over two seeds of their own):" if tried else "**Not searched yet:**"
+    yield ""
+    rows = []
+    for (task, kind), tuned in settings.CHOSEN.items():
+        what = f"{tuned.lr:g}, {'dropout' if task == 'nmt' else 'weight decay'} {tuned.regularisation:g}"
+        shown = []
+        if (task, kind) in tried:
+            base, means = tried[task, kind]
+            digits = DIGITS.get(base.metric, 3)
+            shown = [f"{one.lr:g}, {one.regularisation:g}: {value:.{digits}f}" for one, value in means.items()]
+        rows.append([task, kind, what, "; ".join(shown)])
+    yield from _table(("task", "kind", "learning rate and regularisation", "tried: top-1 (%), NLL (bits)"), rows)
+
+
+def _figure(figure: Figure, found: Results, verdicts: Mapping[str, Verdict], drawn: bool) -> Iterator[str]:
+    number = figure.key.isdecimal()
+    yield f"### {'Figure ' if number else ''}{figure.key}: {figure.title}"
+    yield ""
+    if drawn:
+        yield f"![{figure.title}]({NAME}/figure-{figure.key}.png)"
+        yield ""
+    rows = [row for panel in figure.panels for row in _numbers(panel, found)]
+    yield from _table(("", "", "mean ± 95 % interval", "seeds"), rows)
+    yield ""
+    claims = [f"{claim.key} {verdicts[claim.key]}" for claim in CLAIMS if figure.key in claim.figures]
+    took = sum(sum(found.seconds.get(cell.slug, {}).values()) for cell in figure.cells())
+    yield f"{', '.join(claims) or 'No claim'}. `{COMMAND} FIG={figure.key}`, {took / 60:.0f} minutes of training."
+    yield ""
+
+
+def _numbers(panel: Curves | Sweep | Numbers, found: Results) -> Iterator[list[str]]:
+    for name, cell, metric in _entries(panel):
+        seeds = found.ends.get((cell.slug, metric), {})
+        digits = DIGITS.get(metric, 3)
+        if not seeds:
+            shown = "not run"
+        else:
+            half = interval(list(seeds.values()))
+            shown = f"{mean(seeds.values()):.{digits}f}" + (f" ± {half:.{digits}f}" if half == half else "")
+        title = "" if isinstance(panel, Numbers) or not panel.title else f"{panel.title}, "
+        yield [title + name, pictures.LABELS[metric], shown, " ".join(map(str, sorted(seeds)))]
+
+
+def _entries(panel: Curves | Sweep | Numbers) -> Iterator[tuple[str, Cell, str]]:
+    if isinstance(panel, Numbers):
+        yield from panel.rows
+    elif isinstance(panel, Curves):
+        if panel.metric != "agreement":
+            yield from ((name, cell, panel.metric) for name, cell in panel.lines.items())
+    else:
+        yield from ((name, cell, panel.metric) for name, cell in panel.levels.items())
+        for name, line in panel.lines.items():
+            yield from (
+                (f"{name}, {_differs(cell, [other for _, other in line])}", cell, panel.metric) for _, cell in line
+            )
+
+
+def _differs(cell: Cell, line: Sequence[Cell]) -> str:
+    """What is special about a cell of a line."""
+    varied = [entry.name for entry in fields(Cell) if len({getattr(other, entry.name) for other in line}) > 1]
+    shown = {name: getattr(cell, name) for name in varied}
+    return ", ".join(f"{name} {'0.1' if value is None else format(value, 'g')}" for name, value in shown.items())
+
+
+def _claim(claim: Claim, verdict: Verdict, judged: Sequence[Judgement]) -> Iterator[str]:
+    yield f"### {claim.key}: {verdict}"
+    yield ""
+    yield f"{claim.says} ({'Figures' if len(claim.figures) > 1 else 'Figure'} {', '.join(claim.figures)})"
+    yield ""
+    rows = []
+    for one in judged:
+        digits = DIGITS.get(one.part.terms[0].metric, 3) + 1
+        known = one.low == one.low
+        shown = f"{one.mean:.{digits}f}" if one.seeds else ""
+        span = f"{one.low:.{digits}f} to {one.high:.{digits}f}" if known else ""
+        rows.append(
+            [one.part.says, _bound(one), shown, span, f"{one.p:.3f}" if known else "", f"{one.seeds}", one.verdict]
+        )
+    yield from _table(("part", "holds if", "mean", "95 % interval", "p", "seeds", "verdict"), rows)
+    yield ""
+
+
+def _bound(one: Judgement) -> str:
+    if one.part.rule == "within":
+        return f"within ±{one.part.bound:g}"
+    return f"{one.part.rule} {one.part.bound:g}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(header)} |"
+    yield "|" + "---|" * len(header)
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
