@@ -14,9 +14,10 @@ PEERS=2 # models that codistil, as in the paper
 RUN=${RUN:-runs}
 SEED=${SEED:-1}
 NODES=${NODES:-1}
+LOADERS=${LOADERS:-4}
 
 declare -A default kind chosen value # of each setting: our default, what is allowed, the user's value, the job's
-declare -A seen=()
+declare -A codistill_only=() seen=()
 settings=()
 jobs=()
 command=()
@@ -28,32 +29,36 @@ die() {
 
 say() { echo "${0##*/}: $*" >&2; }
 
-# judge VARIABLE VALUE KIND REMEDY: end with one line unless the value is of that kind (`whole`, `number`, `name`, or
-# the words that are allowed).
+# judge VARIABLE VALUE KIND REMEDY: end with one line unless the value is of that kind (`count`, `whole`, `number`,
+# `name`, or the words that are allowed).
 judge() {
   case $3 in
+    count) [[ $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] || die "$1=$2: must be a whole number, 0 or more; $4" ;;
     whole) [[ $2 =~ ^[1-9][0-9]{0,8}$ ]] || die "$1=$2: must be a whole number, 1 or more; $4" ;;
-    number) [[ $2 =~ ^[0-9]*\.?[0-9]+([eE]-?[0-9]+)?$|^inf$ ]] || die "$1=$2: must be a number, 0 or more; $4" ;;
+    number) [[ $2 =~ ^[0-9]*\.?[0-9]+([eE]-?[0-9]+)?$ ]] || die "$1=$2: must be a number, 0 or more; $4" ;;
     name) [[ $2 =~ ^[A-Za-z0-9_.:-]+$ ]] || die "$1=$2: must be letters, digits, dots, dashes or underscores; $4" ;;
     *) [[ " $3 " == *" $2 "* ]] || die "$1=$2: must be one of ${3// /, }; $4" ;;
   esac
 }
 
-# setting NAME DEFAULT KIND: a value that the user can set as an environment variable, the name in capitals.
+# setting NAME DEFAULT KIND [codistill]: a value that the user can set as an environment variable, the name in
+# capitals; with `codistill` it means nothing to all_reduce.
 setting() {
   local variable=${1^^}
   settings+=("$1")
   default[$1]=$2
   kind[$1]=$3
+  codistill_only[$1]=${4:-}
   chosen[$1]=${!variable:-$2}
   judge "$variable" "${chosen[$1]}" "$3" "leave it out for $2"
 }
 
 # job ARM POINT ABOUT [SETTING=VALUE …]: one training to compare; POINT may be empty.
 job() {
-  local pair
+  local pair name
   for pair in "${@:4}"; do
-    judge "${pair%%=*}" "${pair#*=}" "${kind[${pair%%=*}]}" "correct the list of points"
+    name=${pair%%=*}
+    judge "${name^^}" "${pair#*=}" "${kind[$name]}" "correct the list of points"
   done
   jobs+=("$1${2:+ $2}|$3|${*:4}")
 }
@@ -103,7 +108,7 @@ explain() {
     EXCHANGE "folder or bucket (s3://, gs://, az://) that both peers reach; now ${EXCHANGE:-$RUN/exchange}" \
     SEED "now $SEED" \
     NODES "machines of one model; above 1 also RENDEZVOUS=HOST:PORT, HOST being one of them; now $NODES" \
-    LOADERS "data loading processes of a worker; now ${LOADERS:-4}" \
+    LOADERS "data loading processes of a worker; now $LOADERS" \
     EXTRA "flags added at the end of each command; not part of the folder's name" \
     DRY_RUN "1: print the commands, one a line, and run nothing"
   printf '\nsettings (a job may set its own):\n'
@@ -116,8 +121,9 @@ do_job() {
   local arm=${1%%[ |]*} pairs=${1##*|} name pair peer peers
   for name in "${settings[@]}"; do value[$name]=${chosen[$name]}; done
   for pair in $pairs; do value[${pair%%=*}]=${pair#*=}; done
-  judge SEED "$SEED" whole "leave it out for 1"
+  judge SEED "$SEED" count "leave it out for 1"
   judge NODES "$NODES" whole "leave it out for 1"
+  judge LOADERS "$LOADERS" count "leave it out for 4"
   check_needs
   peers=$(peers_to_run "$arm")
   for peer in $peers; do do_peer "$arm" "$peer"; done
@@ -139,10 +145,14 @@ no_peer() {
 }
 
 do_peer() {
-  local arm=$1 peer=$2 models=1 name folder
-  [[ $arm == all_reduce ]] || models=$PEERS
+  local arm=$1 peer=$2 models=1 name folder made
   name=$(job_name "$arm")
   folder=$RUN/$name/peer-$peer
+  made=$RUN/$name
+  if [[ $arm != all_reduce ]]; then
+    models=$PEERS
+    made+=" and ${EXCHANGE:-$RUN/exchange}/$name" # a new peer would learn from final snapshots of the old ones
+  fi
   make_command "$arm" "$peer" "$models" "$name" "$folder"
   local extra=()
   read -ra extra <<<"${EXTRA:-}"
@@ -150,7 +160,7 @@ do_peer() {
   [[ -z ${seen[$folder]:-} ]] || return 0 # two points of a figure may be one run
   seen[$folder]=yes
   if [[ -e $folder/finished ]]; then
-    say "finished: $folder; remove the folder to train it anew"
+    say "finished: $folder; remove $made to train anew"
   elif dry; then
     printf '%s\n' "$(printf '%q ' "${command[@]}")" | sed 's/ $//'
   else
@@ -158,10 +168,12 @@ do_peer() {
   fi
 }
 
-# Equal settings give equal names, so that figures that show the same run share it.
+# Equal settings give equal names, so that figures that show the same run share it; what does not touch an arm is left
+# out of its name.
 job_name() {
   local name=$task-$1 setting
   for setting in "${settings[@]}"; do
+    [[ $1 != all_reduce || -z ${codistill_only[$setting]} ]] || continue
     [[ ${value[$setting]} == "${default[$setting]}" ]] || name+=-${setting//_/-}-${value[$setting]}
   done
   echo "$name-seed-$SEED" | tr : -
@@ -198,7 +210,7 @@ need_command() { [[ -n $(type -P "$1") ]] || die "$1: no such command; activate 
 # run FOLDER: run `command`. It has a process group of its own, so that a scheduler that signals all of ours reaches it
 # once, through us.
 run() {
-  local status pid='' stopped=''
+  local status again=0 pid='' stopped=''
   need_command "${command[0]}"
   mkdir -p "$1"
   trap 'stopped=yes; [[ -z $pid ]] || kill -TERM "$pid" 2>/dev/null || true' TERM INT HUP
@@ -213,6 +225,10 @@ run() {
     kill -0 "$pid" 2>/dev/null || break # a signal ends the wait, not the training
   done
   trap - TERM INT HUP
+  if [[ -n $stopped ]]; then # the last wait may have told of the signal, though the training has ended since
+    wait "$pid" 2>/dev/null || again=$?
+    ((again == 127)) || status=$again
+  fi
   ((status == 0)) || exit "$status"
   touch "$1/finished"
 }

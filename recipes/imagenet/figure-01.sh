@@ -2,7 +2,7 @@
 # Figure 1 (a, b, c): ResNet-50 on ImageNet with codistillation out of the box, the schedules of Goyal et al. 2017
 # merely halved.
 # Claim: the two models over-regularise: higher training loss, lower accuracy, parameters nearer to their start.
-# Read: train_loss and eval_top1 in summary.csv, codistill_distance in metrics.jsonl.
+# Read: train_loss and eval_top1 in summary.csv, distance in metrics.jsonl.
 # shellcheck source=recipes/imagenet/train.sh
 source "$(dirname "${BASH_SOURCE[0]}")/train.sh"
 

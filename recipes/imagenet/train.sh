@@ -34,7 +34,7 @@ make_command() {
   else
     command+=(--warmup-epochs "$(per_model $((warmup * value[part])) "$3")")
   fi
-  command+=(--data-dir "$DATA" --output "${5%/*}" --experiment "${5##*/}" --checkpoint-hist 1 --workers "${LOADERS:-4}")
+  command+=(--data-dir "$DATA" --output "${5%/*}" --experiment "${5##*/}" --checkpoint-hist 1 --workers "$LOADERS")
   command+=(--model "${value[model]}" --batch-size "${value[batch]}" --seed "$SEED")
   optimiser_flags "$3"
   augmentation_flags

@@ -81,6 +81,11 @@ while :; do
   wait "\$step" || status=\$?
   kill -0 "\$step" 2>/dev/null || break # a signal ends the wait, not the step
 done
+if [[ \$ending ]]; then # the last wait may have told of the signal, though the step has ended since
+  again=0
+  wait "\$step" 2>/dev/null || again=\$?
+  ((again == 127)) || status=\$again
+fi
 # Not finished: once more, from the last checkpoint.
 if [[ \$ending && \$status != 0 ]]; then scontrol requeue "\$SLURM_JOB_ID"; fi
 exit "\$status"

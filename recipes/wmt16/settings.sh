@@ -25,14 +25,14 @@ setting weight_decay "$(column 0.0 0.0001)" number
 setting label_smoothing 0.1 number           # of all_reduce, and of every validation loss that is logged
 # Paper: the explicit regularisation of codistilling models is reduced. Not known: which, and how far. Label smoothing
 # is what the text names as the usual one, so that is 0 for them.
-setting reduced_smoothing 0 number
+setting reduced_smoothing 0 number codistill
 
 # Codistillation. Not certain: the distance; KL is that of Zhang et al. 2018 and Anil et al. 2018. Not known: the
 # others.
-setting loss kl "kl mse ce"
-setting alpha 1 number                       # α_0: the weight at the start
-setting growth 1 number                      # γ: α is multiplied by it ...
-setting alpha_every epoch name               # ... every epoch, or every so many updates. Not known which.
+setting loss kl "kl mse ce" codistill
+setting alpha 1 number codistill             # α_0: the weight at the start
+setting growth 1 number codistill            # γ: α is multiplied by it ...
+setting alpha_every epoch name codistill     # ... every epoch, or every so many updates. Not known which.
 setting interval "$(column 2500 250)" whole  # updates between snapshots
 
 languages=$(column "en de" "de en")

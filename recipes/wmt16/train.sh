@@ -32,12 +32,12 @@ make_command() {
   command+=(--task translation --source-lang "${languages% *}" --target-lang "${languages#* }")
   command+=(--save-dir "$5" --distributed-world-size $((value[workers] / $3)))
   # fairseq peers must start apart; timm's shift their seeds themselves.
-  command+=(--seed $((SEED + 1000 * $2)) --num-workers "${LOADERS:-4}")
+  command+=(--seed $((SEED + 1000 * $2)) --num-workers "$LOADERS")
   model_flags
   command+=(--max-tokens "${value[tokens]}" --update-freq "${value[update_freq]}" --max-update "${value[updates]}")
   command+=(--validate-interval-updates 1000)
   command+=(--save-interval-updates 1000 --keep-interval-updates 1 --no-epoch-checkpoints)
-  command+=(--best-checkpoint-metric nll_loss --log-format json --log-interval 100)
+  command+=(--best-checkpoint-metric nll_loss --log-format json --log-interval 100 --log-file "$5/train.log")
   command+=(--criterion codistill --label-smoothing "${value[label_smoothing]}")
   exchange_flags "$2" "$3" "$4"
   (($3 == 1)) || command+=(

@@ -27,6 +27,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 import fairseq_codistill  # noqa: F401  (importing registers the criterion)
 from codistill import CodistillConfig
+from codistill.curves import read
 from fairseq_codistill.options import codistill_config as fairseq_config
 from fairseq_codistill.options import label_smoothing_schedule
 from tests.integration.timm_trainings import STAND_IN, UPSTREAM
@@ -283,7 +284,7 @@ def test_one_peer_prints_its_own_command_and_a_job_the_same_as_all_did():
     assert printed(figure(12), PEER="1") == both[1:], "all_reduce is peer 0's alone"
 
 
-def test_several_machines_meet_where_they_are_told(tmp_path):
+def test_several_machines_meet_where_they_are_told():
     (command,) = printed(figure(5), "all_reduce", NODES="2", RENDEZVOUS="node7:29500")
     launched = torchrun_parser().parse_args(list(command[1:]))
     assert (launched.nnodes, launched.nproc_per_node, launched.rdzv_endpoint) == ("2", "8", "node7:29500")
@@ -295,6 +296,12 @@ def test_what_is_shared_and_what_is_added_is_in_the_command():
     assert args.output.startswith("/shared/my runs/imagenet-codistill")
     assert args.output.endswith(args.codistill_run_id)
     assert (args.codistill_dir, args.seed, args.channels_last, args.amp) == ("s3://bucket/it", 7, True, True)
+
+
+def test_a_setting_of_the_penalty_gives_the_peers_another_folder_and_all_reduce_the_same():
+    usual, other = (vision(12, **variables) for variables in ({}, {"ALPHA": "0.3"}))
+    assert [one.output for one in other[0]] == [one.output for one in usual[0]]
+    assert {one.output for one in other[1]} == {"runs/imagenet-codistill-weight-decay-constant-alpha-0.3-seed-1"}
 
 
 ROW = "PEER=: must be 0 or 1, since 2 models codistil; start one job with PEER=0, another with PEER=1"
@@ -325,6 +332,10 @@ BAD = [  # recipe, arguments, variables, the line
      "INTERVAL=often: must be a whole number, 1 or more; leave it out for 2500"),
     ("imagenet/figure-12.sh", ["codistill"], {"ALPHA": "-1"},
      "ALPHA=-1: must be a number, 0 or more; leave it out for 1"),
+    ("imagenet/figure-12.sh", ["codistill"], {"DRY_RUN": "1", "LOADERS": "many"},
+     "LOADERS=many: must be a whole number, 0 or more; leave it out for 4"),
+    ("imagenet/figure-03.sh", [], {"BATCHES": "32 large"},
+     "BATCH=large: must be a whole number, 1 or more; correct the list of points"),
     ("wmt16/figure-05.sh", ["codistill"], {"LOSS": "l1"}, "LOSS=l1: must be one of kl, mse, ce; leave it out for kl"),
     ("imagenet/figure-06.sh", ["codistill", "part-3"], {"DRY_RUN": "1", "PARTS": "1 3"},
      "PART=3: must be 1 or even, so that halved epochs are whole; correct PARTS"),
@@ -368,8 +379,10 @@ def test_a_restart_of_a_timm_peer_resumes_from_its_last_checkpoint_and_a_finishe
     printed.cache_clear()
     assert parsed_by_timm(stand_in(), again()[0]).resume == str(folder / "last.pth.tar")
     (folder / "finished").touch()
-    printed.cache_clear()
-    assert again() == ()
+    done = call(figure(7), "codistill", "interval-1250", **NEEDS, RUN=str(tmp_path), PEER="1", DRY_RUN="1")
+    assert (done.returncode, done.stdout) == (0, "")
+    made = f"{folder.parent} and {tmp_path}/exchange/{folder.parent.name}"
+    assert done.stderr == f"figure-07.sh: finished: {folder}; remove {made} to train anew\n"
 
 
 @pytest.fixture
@@ -399,10 +412,11 @@ def test_text_is_prepared_and_a_model_trained_on_it_once(tmp_path, pairs):
     done = call(RECIPES / "wmt16/iwslt14.sh", "all_reduce", **variables)
     assert done.returncode == 0, done.stderr
     assert "done training" in done.stdout
-    done = call(RECIPES / "wmt16/iwslt14.sh", "all_reduce", **variables)
     folder = tmp_path / "runs" / "iwslt14-all_reduce-workers-1-updates-2-seed-1" / "peer-0"
+    assert [update for update, _ in read(folder).curve("valid_nll_loss")][-1] == 2
+    done = call(RECIPES / "wmt16/iwslt14.sh", "all_reduce", **variables)
     assert (done.returncode, done.stdout) == (0, "")
-    assert done.stderr == f"iwslt14.sh: finished: {folder}; remove the folder to train it anew\n"
+    assert done.stderr == f"iwslt14.sh: finished: {folder}; remove {folder.parent} to train anew\n"
 
 
 HOST = """
