@@ -145,6 +145,18 @@ class Codistiller:
         """Whether this batch has a penalty: alpha is not 0 and a peer is at hand."""
         return self.alpha > 0 and self._exchange is not None and bool(self._exchange.in_use(self._update or 0))
 
+    def predict_early(self, forward: Callable[[nn.Module], Tensor]) -> None:
+        """Let the peers predict before our own forward pass, while `active`; `penalty` for the same batch follows.
+
+        Optional, and nothing changes by it, but their activations are gone before ours come, in whose room they were:
+        less memory at the peak, and less to be asked of the system anew.
+
+        Args:
+            forward: As for `penalty`.
+        """
+        if self.active and self._exchange is not None:
+            self._exchange.predict_early(forward, self._update or 0)
+
     def penalty(
         self,
         own: Tensor,
@@ -156,7 +168,8 @@ class Codistiller:
 
         Args:
             own: our logits, (..., classes).
-            forward: gives a peer's logits for the same batch, of the same shape; called without autograd.
+            forward: gives a peer's logits for the same batch, of the same shape; called without autograd, and not at
+                all after `predict_early`. What it gives is used up.
             mask: (...), True where a position counts.
             inputs: the batch itself, (samples, ...) each: with exchange by prediction all peers' must be equal.
 
@@ -168,11 +181,18 @@ class Codistiller:
         peers = self._exchange.predictions(own.detach(), forward, inputs, self._update or 0)
         if self.config.coordinated:  # the wait for others; a peer's own forward pass counts as training
             self._seconds += time.perf_counter() - began
-        found = distill(own, peers, loss=self.config.loss, temperature=self.config.temperature, mask=mask)
+        count = len(peers)
+        found = distill(
+            own,
+            peers,
+            loss=self.config.loss,
+            temperature=self.config.temperature,
+            mask=mask,
+            overwrite=self.config.exchange == "checkpoint",
+        )
+        del peers  # the gradient's memory must not be ours, too
         with torch.no_grad():
-            sums = torch.stack(
-                [found.loss.detach().float(), found.agreement, found.positions, len(peers) - found.peers]
-            )
+            sums = torch.stack([found.loss.detach().float(), found.agreement, found.positions, count - found.peers])
             self._sums = sums if self._sums is None else self._sums + sums
         return found
 

@@ -4,7 +4,8 @@ Owns the numbers of the penalty: kl, mse or ce, temperature, masks, the mean ove
 Promises: nothing but ``own`` receives a gradient; a peer whose logits are not finite at a counted position is left
 out of this call before D is taken, on the device, so that no NaN of a peer's reaches a loss or a gradient; our own
 non-finite logits come out as a non-finite loss, for the host to handle; no more than one extra tensor of the logits'
-size is held, in ``own``'s own precision; nothing waits for the device.
+size is held, in ``own``'s own precision, and none where a peer's logits may be overwritten; on an accelerator nothing
+waits for the device.
 """
 
 import math
@@ -49,6 +50,7 @@ def distill(
     temperature: float = 1.0,
     mask: Tensor | None = None,
     chunk: int | None = None,
+    overwrite: bool = False,
 ) -> Distilled:
     """Measures how far own logits are from the peers', summed over positions, averaged over peers.
 
@@ -70,6 +72,8 @@ def distill(
         mask: Booleans of own's shape without its last dimension, True where a position counts; all count without
             it. Whatever the logits hold elsewhere, even NaN, has no influence.
         chunk: Positions worked on at a time; chosen by the device without it.
+        overwrite: The peers' logits are needed no more: the gradient may take the place of one peer's. A tensor of
+            that size costs more to make than to fill on a CPU, since its memory comes page by page.
 
     Returns:
         The sum with its companions.
@@ -81,9 +85,11 @@ def distill(
     with torch.no_grad():
         counted = torch.ones((), dtype=torch.bool, device=own.device) if mask is None else mask
         counted = counted.expand(own.shape[:-1])
-        usable = [_usable(peer, temperature, counted) for peer in peers]
+        peaks = [peer.amax(-1) for peer in peers]
+        usable = [_usable(peer, peak, temperature, counted) for peer, peak in zip(peers, peaks, strict=True)]
         work = _Work(
             peers=[peer.detach() for peer in peers],
+            peaks=peaks,
             rows=[counted & flag for flag in usable],
             count=torch.stack(usable).sum() if usable else counted.new_zeros((), dtype=torch.long),
             loss=loss,
@@ -92,7 +98,7 @@ def distill(
         )
         positions = counted.sum().float()
     if torch.is_grad_enabled() and own.requires_grad:
-        total, agreement = _Penalty.apply(own, work)
+        total, agreement = _Penalty.apply(own, work, overwrite)
     else:
         total, agreement = work.measure(own.detach(), None)
     return Distilled(loss=total, agreement=agreement, positions=positions, peers=work.count.float())
@@ -118,13 +124,13 @@ def _check(
         )
 
 
-def _usable(peer: Tensor, temperature: float, counted: Tensor) -> Tensor:
-    """Whether a peer's counted logits are finite, as a 0-dim bool.
+def _usable(peer: Tensor, peak: Tensor, temperature: float, counted: Tensor) -> Tensor:
+    """Whether a peer's counted logits, `peak` the largest of each position, are finite, as a 0-dim bool.
 
     The spread of each position's logits is not finite when one of them is not, nor when it leaves float32's range,
     which would turn into NaN further on. Two reductions without temporaries read the logits far faster than isfinite.
     """
-    spread = (peer.amax(-1).float() - peer.amin(-1).float()) / temperature
+    spread = (peak.float() - peer.amin(-1).float()) / temperature
     return torch.where(counted, spread, 0.0).isfinite().all()
 
 
@@ -139,6 +145,7 @@ class _Work:
 
     Attributes:
         peers: Detached logits.
+        peaks: For each peer, the largest logit of each position.
         rows: For each peer, True at the positions where it counts.
         count: Number of usable peers, 0-dim.
         loss: One of `codistill.config.LOSSES`.
@@ -147,6 +154,7 @@ class _Work:
     """
 
     peers: list[Tensor]
+    peaks: list[Tensor]
     rows: list[Tensor]
     count: Tensor
     loss: str
@@ -160,21 +168,36 @@ class _Work:
         losses = own.new_zeros(own.shape[:-1], dtype=wide)
         agreed = own.new_zeros(own.shape[:-1], dtype=torch.float32)
         for block in _blocks(own.shape[:-1], self.chunk):
-            mine = _Side(own[block], wide, self)
+            mine = _Side(own[block], own[block].amax(-1), wide, self)
             pull = None
-            for peer, rows in zip(self.peers, self.rows, strict=True):
+            for peer, peak, rows in zip(self.peers, self.peaks, self.rows, strict=True):
                 keep = rows[block].flatten()
-                theirs = _Side(peer[block], wide, self)
-                distance, step = mine.compare(theirs)
-                losses[block] += torch.where(keep, distance, 0.0).view_as(losses[block])
+                theirs = _Side(peer[block], peak[block], wide, self)
+                losses[block] += torch.where(keep, mine.distance(theirs), 0.0).view_as(losses[block])
                 agreed[block] += (mine.agrees(theirs) & keep).view_as(agreed[block])
                 if pulls is not None:
+                    step = mine.step(theirs)
                     _zero_rows(step, keep)
                     pull = step if pull is None else pull.add_(step)
             if pulls is not None:
-                pulls[block] = 0.0 if pull is None else pull.mul_(self.room(pulls)).view_as(pulls[block])
+                self._store(pull, pulls[block])
         share = self.count.clamp(min=1)
         return losses.sum() / share, agreed.sum() / share
+
+    def place(self, own: Tensor, overwrite: bool) -> Tensor:
+        """Where the pulls go: over a peer's logits, where allowed and of own's kind. Blocks are read before that."""
+        for peer in self.peers if overwrite else ():
+            if peer.dtype == own.dtype and peer.device == own.device and peer.is_contiguous():
+                return peer
+        return torch.empty_like(own)
+
+    def _store(self, pull: Tensor | None, there: Tensor) -> None:
+        if pull is None:
+            there.zero_()
+            return
+        if self.room(there) != 1.0:
+            pull.mul_(self.room(there))
+        there.copy_(pull.view_as(there))
 
     def room(self, pulls: Tensor) -> float:
         """The factor under which pulls are stored: a power of two, 1 except in float16.
@@ -195,11 +218,11 @@ class _Work:
 class _Side:
     """One model's logits of one chunk, as (positions, classes), and what is derived from them once."""
 
-    def __init__(self, logits: Tensor, wide: torch.dtype, work: _Work) -> None:
+    def __init__(self, logits: Tensor, peak: Tensor, wide: torch.dtype, work: _Work) -> None:
         self.loss, self.factor = work.loss, work.temperature**2
         self.logits = logits.reshape(-1, logits.shape[-1]).to(wide)
         # Without its largest logit a large common offset costs no precision. At that logit the difference is 0.
-        self.shifted = self.logits - self.logits.amax(-1, keepdim=True)
+        self.shifted = self.logits - peak.reshape(-1, 1).to(wide)
         if work.temperature != 1.0:
             self.shifted.mul_(1.0 / work.temperature)
         if self.loss != "mse":
@@ -207,17 +230,22 @@ class _Side:
             # log softmax = shifted + log_peak: cheaper than a second pass of exponentials.
             self.log_peak = self.softmax.amax(-1).log()
 
-    def compare(self, peer: "_Side") -> tuple[Tensor, Tensor]:
-        """Returns D to that peer for each position, and for each logit the direction in which D grows."""
+    def distance(self, peer: "_Side") -> Tensor:
+        """D to that peer for each position."""
         if self.loss == "mse":
-            difference = self.logits - peer.logits
-            return (difference * difference).mean(-1), difference
+            return (self.logits - peer.logits).square_().mean(-1)
         if self.loss == "kl":
             ratio = (peer.shifted - self.shifted).mul_(peer.softmax).sum(-1)
             distance = ratio + (peer.log_peak - self.log_peak)
         else:
             distance = -((peer.softmax * self.shifted).sum(-1) + self.log_peak)
-        return distance * self.factor, self.softmax - peer.softmax
+        return distance * self.factor
+
+    def step(self, peer: "_Side") -> Tensor:
+        """For each logit the direction in which D grows; uses up the peer's side."""
+        if self.loss == "mse":
+            return self.logits - peer.logits
+        return torch.sub(self.softmax, peer.softmax, out=peer.softmax)
 
     def agrees(self, peer: "_Side") -> Tensor:
         """Whether the largest logits share a class: only there are both differences 0. Far faster than argmax."""
@@ -228,15 +256,17 @@ class _Penalty(torch.autograd.Function):
     """`_Work.measure` with the gradient it found on the way."""
 
     @staticmethod
-    def forward(ctx, own: Tensor, work: _Work) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-        ctx.work = work
-        ctx.pulls = torch.empty_like(own)
-        total, agreement = work.measure(own, ctx.pulls)
+    def forward(ctx, own: Tensor, work: _Work, overwrite: bool) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+        # Not `work`: the peers' logits are no longer needed, and the gradient must have no other owner, or a sum with
+        # the host's own would be a further tensor of that size.
+        ctx.pulls = pulls = work.place(own, overwrite)
+        ctx.unit, ctx.count, ctx.chunk = work.unit(pulls), work.count, work.chunk
+        total, agreement = work.measure(own, pulls)
         ctx.mark_non_differentiable(agreement)
         return total, agreement
 
     @staticmethod
-    def backward(ctx, gradient: Tensor, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
         # once_differentiable would let this pass and leave the penalty out of the second derivative without a word.
         if torch.is_grad_enabled():
             raise RuntimeError("a penalty has no second derivative: create_graph=True cannot be used with it")
@@ -244,12 +274,12 @@ class _Penalty(torch.autograd.Function):
         pulls, ctx.pulls = ctx.pulls, None
         if pulls is None:
             raise RuntimeError("the gradient of a penalty can be taken only once; call distill again for another")
-        factor = gradient * ctx.work.unit(pulls) / ctx.work.count.clamp(min=1)
+        factor = gradient * ctx.unit / ctx.count.clamp(min=1)
         if factor.dtype == pulls.dtype:
-            return pulls.mul_(factor), None
-        for block in _blocks(pulls.shape[:-1], ctx.work.chunk):
+            return pulls.mul_(factor), None, None
+        for block in _blocks(pulls.shape[:-1], ctx.chunk):
             pulls[block] = pulls[block].to(factor.dtype).mul_(factor)
-        return pulls, None
+        return pulls, None, None
 
 
 def _zero_rows(values: Tensor, keep: Tensor) -> None:

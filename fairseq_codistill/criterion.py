@@ -56,6 +56,8 @@ class CodistillCriterion(LabelSmoothedCrossEntropyCriterion):
         """The host's loss, sample size and logging output; in training with the penalty and its sums."""
         if not self.training:
             return super().forward(model, sample, reduce)
+        if self._hooks.codistiller is not None and not self._hooks.dummy:
+            self._hooks.codistiller.predict_early(lambda peer: peer(**sample["net_input"])[0])
         net_output = model(**sample["net_input"])
         logged, nll_loss = self.compute_loss(model, net_output, sample, reduce=reduce)
         loss = self._smoothed(model, net_output, sample, reduce, logged)

@@ -164,6 +164,8 @@ class CodistillationTask(ClassificationTask):
             `loss` and `output`.
         """
         self._begin_update()
+        if self._codistiller is not None:
+            self._codistiller.predict_early(lambda peer: peer(self._counted(input)))
         result = super().forward(input, target)
         if self._codistiller is not None and self._codistiller.active:
             penalty = self._penalty(self._codistiller, input, target, result["output"])
@@ -284,12 +286,15 @@ class CodistillationTask(ClassificationTask):
             self._sampling.skip_to(self._codistiller.begin_batch(self._sampling.position))
 
     def _penalty(self, codistiller: Codistiller, input: Tensor, target: Tensor, output: Tensor) -> Tensor:
-        counted = output.shape[0]
-        if isinstance(self.criterion, JsdCrossEntropy):
-            counted //= self.criterion.num_splits
+        own = self._counted(output)
         inputs = (input, target) if self._sampling is not None else ()
-        found = codistiller.penalty(output[:counted], lambda peer: peer(input[:counted]), inputs=inputs)
-        return codistiller.alpha / counted * found.loss
+        found = codistiller.penalty(own, lambda peer: peer(self._counted(input)), inputs=inputs)
+        return codistiller.alpha / len(own) * found.loss
+
+    def _counted(self, batch: Tensor) -> Tensor:
+        """The part of a batch that the penalty covers."""
+        splits = self.criterion.num_splits if isinstance(self.criterion, JsdCrossEntropy) else 1
+        return batch[: len(batch) // splits]
 
     def _build_peer(self) -> nn.Module:
         return self._compile_like_ours(copy.deepcopy(unwrap_model(self.trainable_module)))

@@ -56,10 +56,13 @@ class Exchange(Protocol):
     def boundary(self, update: int, epoch: int, metrics: Mapping[str, float]) -> None:
         """An interval has ended."""
 
+    def predict_early(self, forward: Callable[[nn.Module], Tensor], update: int) -> None:
+        """Do what can be done of `predictions` for the batch at hand before our own logits are known."""
+
     def predictions(
         self, own: Tensor, forward: Callable[[nn.Module], Tensor], inputs: Sequence[Tensor], update: int
     ) -> list[Tensor]:
-        """The peers' logits for the batch at hand, each of own's shape."""
+        """The peers' logits for the batch at hand, each of own's shape; by checkpoint, they may be overwritten."""
 
     def in_use(self, update: int) -> Mapping[int, Used]:
         """The peers that `predictions` would ask, by number."""

@@ -94,6 +94,26 @@ def test_the_penalty_is_the_mean_distance_to_the_weights_that_were_published(pee
     assert (found.positions.item(), found.peers.item()) == (8, 2)
 
 
+def test_what_a_peer_predicted_early_is_compared_once_and_with_that_batch(peers):
+    first, second = peers(0), peers(1)
+    first.step_until(lambda: second.step() or first.metrics()["peers"] == 1)
+    own, inputs, asked = torch.randn(7, 5), torch.randn(7, 4), []
+
+    def forward(peer):
+        asked.append(peer)
+        return peer(inputs)
+
+    late = first.codistiller.penalty(own, forward)
+    first.codistiller.predict_early(forward)
+    assert len(asked) == 2
+    early = first.codistiller.penalty(own, forward)
+    assert len(asked) == 2
+    assert early == late
+    inputs = torch.randn(7, 4)
+    assert first.codistiller.penalty(own, forward).loss != early.loss
+    assert len(asked) == 3
+
+
 def test_a_peer_alone_exchanges_nothing_and_still_reports(peers, tmp_path):
     before = codistill_threads()
     alone = peers(0, peers=1)

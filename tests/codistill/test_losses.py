@@ -72,6 +72,23 @@ class Watch(TorchDispatchMode):
         return result
 
 
+@each_loss
+def test_over_a_peers_logits_the_gradient_is_the_same_and_no_tensor_of_their_size_is_made(loss, temperature):
+    own, mask = logits(64, 512), torch.arange(64) % 5 != 0
+    terms = {"loss": loss, "temperature": temperature, "mask": mask, "chunk": 4}
+    wanted, gradient = taken(own, [logits(64, 512, seed=1), logits(64, 512, seed=2)], **terms)
+    peers = [logits(64, 512, seed=1).t().contiguous().t(), logits(64, 512, seed=2)]  # only the second lies in order
+    own.requires_grad_()
+    with Watch(own.nbytes, known=[own, *peers]) as watch:
+        found = distill(own, peers, overwrite=True, **terms)
+    assert not watch.kept
+    (over,) = torch.autograd.grad(found.loss, own)
+    assert torch.equal(over, gradient)
+    assert torch.equal(found.loss, wanted.loss)
+    assert over.data_ptr() == peers[1].data_ptr()
+    assert torch.equal(peers[0], logits(64, 512, seed=1))
+
+
 # --- values and gradients -------------------------------------------------------------------------------------------
 
 

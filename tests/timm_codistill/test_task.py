@@ -58,7 +58,7 @@ def test_a_peer_s_output_is_the_publisher_s_in_eval_mode_bit_for_bit(peers):
     task = peers.task(0, own)
     peers.until_it_has_a_peer(task, own)
     seen = []
-    task._codistiller.penalty(own(IMAGES), lambda peer: seen.append(peer(IMAGES)) or seen[-1])
+    task._codistiller.penalty(own(IMAGES), lambda peer: seen.append(peer(IMAGES)) or seen[-1].clone())
     with torch.no_grad():
         assert torch.equal(seen[0], published(IMAGES))
     assert not seen[0].requires_grad
@@ -241,7 +241,7 @@ def test_the_moving_average_is_published_where_that_is_asked_for(peers):
     task = peers.task(0, own)
     peers.until_it_has_a_peer(task, own)
     seen = []
-    task._codistiller.penalty(own(IMAGES), lambda peer: seen.append(peer(IMAGES)) or seen[-1])
+    task._codistiller.penalty(own(IMAGES), lambda peer: seen.append(peer(IMAGES)) or seen[-1].clone())
     with torch.no_grad():
         assert torch.equal(seen[0], average(IMAGES))
         assert not torch.allclose(seen[0], published.eval()(IMAGES))

@@ -21,6 +21,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from codistill.exchange.checkpoint.lean import lean
 from codistill.exchange.errors import Refused
 from codistill.exchange.snapshot import Template
 from codistill.random_state import untouched_generators
@@ -103,7 +104,7 @@ class Architectures:
             else:
                 with self._refusing(architecture):
                     module = self._place(self._built(architecture))
-        return module.eval().requires_grad_(False)
+        return lean(module.eval().requires_grad_(False))
 
     def _built(self, architecture: Architecture) -> nn.Module:
         name, arguments = architecture.get("name"), architecture.get("arguments")

@@ -68,6 +68,7 @@ class CheckpointExchange:
         self._uptake = Uptake(config, workers, places, self._modules, architectures, incidents)
         self._before: dict[int, InUse] = {}  # what a checkpoint says was in use
         self._ahead = config.sync  # nothing is left to do before the next boundary
+        self._early: Optional[dict[int, Tensor]] = None  # predictions for the batch at hand
         self._over = False
 
     def start(
@@ -123,21 +124,29 @@ class CheckpointExchange:
         """
         if self._over:
             return
-        if self._publisher is not None:
-            self._publisher.publish(self._state(), update=update, epoch=epoch, metrics=metrics)
         if self._config.sync:
+            self._publish(update, epoch, metrics)
             self._await_update(update)
-        self._take_up(update, patient=self._config.sync)
+            self._take_up(update, patient=True)
+        else:
+            self._take_up(update, patient=False)
+            self._publish(update, epoch, metrics)  # last: hashing and storing begin now, and would slow the other down
         self._ahead = self._config.sync
         if self._neighbours is not None and not self._config.sync:
             self._neighbours.boundary_passed(update, self._modules.peers)
             self._attend(self._neighbours.chosen, (), NEWEST)
 
+    def predict_early(self, forward: Callable[[nn.Module], Tensor], update: int) -> None:
+        """Let the peers predict now; `predictions` then gives that."""
+        self._early = None  # first, for its memory
+        self._early = self._modules.predictions(forward, update)
+
     def predictions(
         self, own: Tensor, forward: Callable[[nn.Module], Tensor], inputs: Sequence[Tensor], update: int
     ) -> list[Tensor]:
         """What `forward` gives, without autograd, for every peer in use, in the order of their numbers."""
-        return list(self._modules.predictions(own.shape, forward, update))
+        found, self._early = self._early, None
+        return self._modules.fitting(self._modules.predictions(forward, update) if found is None else found, own.shape)
 
     def in_use(self, update: int) -> dict[int, InUse]:
         """The peers whose snapshots are not too stale at `update`."""
@@ -191,6 +200,10 @@ class CheckpointExchange:
         self._workers.close()  # first, for those who still wait for us
         self._incidents.report("workers", f"{error}; the exchange is over, training goes on")
         self.close(1.0)
+
+    def _publish(self, update: int, epoch: int, metrics: Mapping[str, float]) -> None:
+        if self._publisher is not None and not self._over:
+            self._publisher.publish(self._state(), update=update, epoch=epoch, metrics=metrics)
 
     def _publish_now(
         self, update: int, epoch: int, metrics: Mapping[str, float], seconds: float, *, final: bool

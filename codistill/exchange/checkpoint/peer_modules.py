@@ -8,7 +8,8 @@ incident, never an exception.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -59,6 +60,7 @@ class PeerModules:
         self.neighbours: Collection[int] = ()
         self._modules: dict[int, nn.Module] = {}
         self._built: dict[int, Optional[Architecture]] = {}
+        self._places: dict[int, set[int]] = {}  # where in memory its parameters and buffers lie
         self._held: dict[int, InUse] = {}
         self._former: dict[int, InUse] = {}  # what was held last of those that gave their modules away
 
@@ -75,18 +77,28 @@ class PeerModules:
         """The peers whose snapshots are not too stale at `update`."""
         return {peer: used for peer, used in self._held.items() if used.staleness(update) <= self._bound}
 
-    def predictions(self, shape: torch.Size, forward: Callable[[nn.Module], Tensor], update: int) -> Iterator[Tensor]:
-        """What `forward` gives, without autograd, for every peer in use at `update`, in the order of their numbers."""
+    def predictions(self, forward: Callable[[nn.Module], Tensor], update: int) -> dict[int, Tensor]:
+        """What `forward` gives, without autograd, for every peer in use at `update`, by its number, in their order.
+
+        The tensors may be overwritten: none is a part of a module.
+        """
+        found = {}
         for peer in sorted(self.in_use(update)):
             try:
                 with torch.no_grad():
-                    found = forward(self._modules[peer])
-                if found.shape != shape:
-                    raise ValueError(f"its predictions have shape {tuple(found.shape)}, ours {tuple(shape)}")
+                    logits = forward(self._modules[peer])
+                    found[peer] = logits.clone() if _place(logits) in self._places[peer] else logits
             except Exception as error:  # no memory for it, say
                 self._leave_out(peer, error)
-            else:
-                yield found
+        return found
+
+    def fitting(self, found: Mapping[int, Tensor], shape: torch.Size) -> list[Tensor]:
+        """Those of the `predictions` that can be compared with ours, of `shape`; the other peers are left out."""
+        for peer, logits in found.items():
+            if logits.shape != shape:
+                message = f"its predictions have shape {tuple(logits.shape)}, ours {tuple(shape)}"
+                self._leave_out(peer, ValueError(message))
+        return [logits for logits in found.values() if logits.shape == shape]
 
     def make_room(self, peer: int) -> Optional[InUse]:
         """Let `peer` have the module that is needed least, if there are as many as there may be and none is its own.
@@ -99,6 +111,7 @@ class PeerModules:
             return None
         giver = min(spare, key=lambda p: (self._held[p].accepted if p in self._held else -1, p))
         self._modules[peer], self._built[peer] = self._modules.pop(giver), self._built.pop(giver)
+        self._places[peer] = self._places.pop(giver)
         held = self._held.pop(giver, None)
         if held is not None:
             self._former[giver] = held
@@ -116,7 +129,9 @@ class PeerModules:
         try:
             if peer not in self._modules or self._architectures.differ(architecture, self._built[peer]):
                 self._modules.pop(peer, None)  # first, for its memory
-                self._modules[peer], self._built[peer] = self._architectures.build(architecture), architecture
+                module = self._architectures.build(architecture)
+                self._places[peer] = {_place(part) for part in itertools.chain(module.parameters(), module.buffers())}
+                self._modules[peer], self._built[peer] = module, architecture
             load(self._modules[peer].state_dict(), tensors)
         except Exception as error:
             self._leave_out(peer, error)
@@ -147,6 +162,10 @@ class PeerModules:
     def _leave_out(self, peer: int, error: Exception) -> None:
         self._held.pop(peer, None)
         self._incidents.report("internal", f"peer {peer}: {type(error).__name__}: {error}", about=str(peer))
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def held_before(state: Mapping[str, Any]) -> dict[int, InUse]:

@@ -129,6 +129,9 @@ class PredictionExchange:
     def boundary(self, update: int, epoch: int, metrics: Mapping[str, float]) -> None:
         """Nothing is published."""
 
+    def predict_early(self, forward: Callable[[nn.Module], Tensor], update: int) -> None:
+        """Nothing: the other members predict."""
+
     def predictions(
         self, own: Tensor, forward: Callable[[nn.Module], Tensor], inputs: Sequence[Tensor], update: int
     ) -> list[Tensor]:

@@ -126,3 +126,25 @@ def test_a_neighbour_of_another_architecture_gets_a_module_of_its_own_and_leaves
     assert kept.take(5, 14)
     assert isinstance(kept.modules._modules[5], nn.Linear)
     assert kept.incidents.total == 0
+
+
+def test_predictions_may_be_overwritten_even_if_a_model_gives_its_own_weights(kept):
+    kept.learn_from(1, 2)
+    weights = nn.Linear(3, 2).state_dict()
+    assert kept.take(1, 10, tensors=weights)
+    kept.learn_from(2, 3)
+    kept.take(2, 12)
+    kept.take(3, 12, tensors=weights)  # in the module that was peer 1's
+    found = kept.modules.predictions(lambda module: module.weight, 12)
+    found[3].zero_()
+    assert torch.equal(kept.modules._modules[3].weight, weights["weight"])
+
+
+def test_a_peer_whose_predictions_have_another_shape_is_left_out(kept):
+    kept.learn_from(1, 2)
+    assert kept.take(1, 10)
+    assert kept.take(2, 10, architecture=WIDE)
+    found = kept.modules.predictions(lambda module: torch.ones(2 if isinstance(module, Wide) else 3), 10)
+    assert [tuple(logits.shape) for logits in kept.modules.fitting(found, torch.Size([2]))] == [(2,)]
+    assert set(kept.modules.peers) == {2}
+    assert kept.incidents.counts == {"internal": 1}
