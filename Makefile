@@ -4,6 +4,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 ARGS ?=
+FIG ?=
+QUICK ?=
 
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
@@ -11,10 +13,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint
 SAY := @printf 'env %s\n'
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint bench faults fuzz soak clean
+.PHONY: help env demo test lint reproduce bench bench-check faults fuzz soak clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  VENV=$(VENV)  PYTHON=$(PYTHON)  ARGS=... is passed on by every target that runs something"
 
@@ -31,8 +33,14 @@ lint: env  ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: env  ## measure what codistillation costs
+reproduce: env  ## train every figure of the paper at embedded scale, hours; FIG=6 one of them, QUICK=1 a few updates of all
+	$(BIN)/python -m recipes.embedded.reproduce $(FIG:%=--figure %) $(if $(QUICK),--quick) $(ARGS)
+
+bench: $(STAMPS)/bench  ## measure what codistillation costs, and what else one would use (ARGS="update links" asks some questions)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-check: $(STAMPS)/bench  ## measure again, and fail where a ratio is worse than docs/performance keeps
+	$(BIN)/python -m benchmarks --check $(ARGS)
 
 faults: env  ## inject every fault at every step of an exchange, on a folder and on S3; ends with a table
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.matrix $(ARGS)
@@ -75,9 +83,13 @@ $(STAMPS)/fairseq: constraints.txt $(STAMPS)/torch
 	@PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation fairseq-fixed
 	@touch $@
 
-# Apart from the rest: the fuzzer has no builds for macOS.
+# Apart from the rest: the fuzzer has no builds for macOS, torchft none but for Linux on x86-64.
 $(STAMPS)/fuzz: $(STAMPS)/project
 	@$(PIP) atheris
+	@touch $@
+
+$(STAMPS)/bench: $(STAMPS)/project
+	@$(PIP) torchft || echo "bench: torchft cannot be had here; DiLoCo will be left out" >&2
 	@touch $@
 
 $(STAMPS)/project: setup.py constraints.txt $(STAMPS)/fairseq

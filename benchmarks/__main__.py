@@ -1,47 +1,115 @@
-"""`make bench`: what codistillation costs, as ratios measured within one run.
+"""`make bench`: what codistillation costs, and what others cost, as ratios measured within one run.
 
-Nothing here passes or fails; each line shows the goal beside what was measured.
+Each line shows what was measured, and the goal where there is one; missing it is no failure. With `--check` the ratios
+are set beside those kept in docs/performance, and the status is 1 when one is worse than its question tolerates.
+A question that is interrupted (Ctrl-C, SIGTERM) keeps nothing, and leaves no files.
 """
 
+from __future__ import annotations
+
 import argparse
-import platform
+import contextlib
+import importlib
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
 
 import torch
 
-from benchmarks import (
-    bytes_per_update,
-    exchange_cost,
-    many_peers,
-    memory,
-    prediction_cost,
-    timm_update_cost,
-    update_cost,
-)
+from benchmarks import record
 
 QUESTIONS = {
-    "update": update_cost,
-    "timm": timm_update_cost,
-    "prediction": prediction_cost,
-    "exchange": exchange_cost,
-    "memory": memory,
-    "bytes": bytes_per_update,
-    "peers": many_peers,
+    "update": "update_cost",
+    "memory": "memory",
+    "exchange": "exchange_cost",
+    "bytes": "bytes_per_update",
+    "prediction": "prediction_cost",
+    "links": "slow_links",
+    "growth": "growth",
+    "peers": "many_peers",
+    "quality": "quality",
 }
+KEPT = Path(__file__).resolve().parents[1] / "docs" / "performance"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+def ask(question: str, device: str, out: Path) -> list[record.Row]:
+    """Measure, show and keep the rows of a question."""
+    module = importlib.import_module(f"benchmarks.{QUESTIONS[question]}")
+    print(f"\n{question}: {(module.__doc__ or '').splitlines()[0]}", flush=True)
+    began, rows = time.monotonic(), []
+    with apart():
+        for row in module.measure(device):
+            rows.append(row)
+            print(f"  {row.line()}", flush=True)
+    path = record.path_of(out, question, device)
+    record.write(path, question, rows, device)
+    if hasattr(module, "draw"):
+        module.draw(rows, out)
+    print(f"  {(time.monotonic() - began) / 60:.1f} min; kept in {path}", flush=True)
+    return rows
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Leave nothing to the next question: no temporary files, of killed processes either, no number of threads."""
+    threads = torch.get_num_threads()
+    with (
+        tempfile.TemporaryDirectory(prefix="codistill-bench-", ignore_cleanup_errors=True) as folder,
+        mock.patch.dict(os.environ, TMPDIR=folder),
+        mock.patch.object(tempfile, "tempdir", folder),
+    ):
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def check(question: str, device: str, rows: list[record.Row]) -> bool:
+    """Compare with the kept rows; whether all hold."""
+    path = record.path_of(KEPT, question, device)
+    if not path.exists():
+        print(f"  nothing to compare with: {path} does not exist")
+        return True
+    tolerance = importlib.import_module(f"benchmarks.{QUESTIONS[question]}").TOLERANCE
+    verdicts = list(record.compare(record.read(path), rows, tolerance))
+    for holds, line in verdicts:
+        print(f"  {'ok  ' if holds else 'FAIL'} {line}")
+    return all(holds for holds, _ in verdicts)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="make bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("question", nargs="*", help=f"some of {', '.join(QUESTIONS)}; all without it")
-    asked = parser.parse_args().question or list(QUESTIONS)
-    unknown = sorted(set(asked) - set(QUESTIONS))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where models are trained (cpu)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("data/bench"), help="folder for JSON and pictures (data/bench)"
+    )
+    parser.add_argument("--check", action="store_true", help="compare the ratios with those kept in docs/performance")
+    args = parser.parse_args()
+    unknown = sorted(set(args.question) - set(QUESTIONS))
     if unknown:
         parser.error(f"{unknown[0]}: not one of {', '.join(QUESTIONS)}")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
-    for name in asked:
-        print(f"\n{name}: {(QUESTIONS[name].__doc__ or '').splitlines()[0]}", flush=True)
-        for line in QUESTIONS[name].measure():
-            print(f"  {line}", flush=True)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here; measure with --device cpu")
+    if args.check and args.out.resolve() == KEPT:
+        parser.error(f"--out {args.out}: --check compares with what is kept there; name another folder")
+    logging.getLogger("fairseq").setLevel(logging.WARNING)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {record.machine(args.device)['cpu']}")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that all that is open is closed
+    holds = True
+    for question in args.question or QUESTIONS:
+        rows = ask(question, args.device, args.out)
+        holds = (not args.check or check(question, args.device, rows)) and holds
+    return 0 if holds else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,12 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.models import create_model
-from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.loopback import carried, switch_on
-from benchmarks.transformer import Size, batch, build
+from benchmarks.workloads import Training, Translation, Vision, Workload, logits_of
 from codistill import CodistillConfig, Codistiller, Position, fingerprint
 from codistill.exchange.prediction.group import Group, Header
 from codistill.exchange.prediction.wire import payload_bytes
@@ -32,54 +30,25 @@ from codistill.exchange.snapshot import HostBuffer
 
 UPDATES = 4
 SNAPSHOTS = 4
+PATIENCE = 300.0  # seconds, for whatever the other does
 MEMBERS = (4, 8, 16)
-SMALL = Size()
 Found = tuple[str, str, float, float]
 
 
-class Vision:
-    """resnet18 on one batch of 32 images of 64 × 64."""
-
-    name = "resnet18"
-    logits = (32, 1000)
-
-    def __init__(self, seed: int) -> None:
-        torch.manual_seed(seed)
-        self.model = create_model("resnet18")
-        self.inputs: tuple[Tensor, ...] = (torch.randn(32, 3, 64, 64, generator=torch.Generator().manual_seed(0)),)
-
-
-class Translation:
-    """A small Transformer on one batch of 480 words."""
-
-    name = "small Transformer"
-    logits = (SMALL.sentences, SMALL.words, SMALL.classes)
-
-    def __init__(self, seed: int) -> None:
-        self.model = build(SMALL, seed)
-        words = batch(SMALL)
-        self.inputs = (words.source, words.lengths, words.previous)
-
-
-def logits_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-    found = model(*inputs)
-    return found[0] if isinstance(found, tuple) else found
-
-
-TRAININGS = {training.name: training for training in (Vision, Translation)}
+TRAININGS: dict[str, Workload] = {"resnet18": Vision(), "small Transformer": Translation()}
 WIRES = (("float32", 0), ("bfloat16", 0), ("bfloat16", 32))
 
 
-def all_reduce(training: Any, rank: int, folder: Path) -> Iterator[None]:
+def all_reduce(training: Training, rank: int, folder: Path) -> Iterator[None]:
     """An update per step, with torch's own data parallelism; buffers stay where they are."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     model = DistributedDataParallel(training.model, broadcast_buffers=False)
     while True:
-        logits_of(model, training.inputs).logsumexp(-1).sum().backward()
+        logits_of(model, training.batch.inputs).logsumexp(-1).sum().backward()
         yield
 
 
-def prediction(training: Any, rank: int, folder: Path, dtype: str, topk: int) -> Iterator[None]:
+def prediction(training: Training, rank: int, folder: Path, dtype: str, topk: int) -> Iterator[None]:
     """An update per step, once the two have met."""
     config = CodistillConfig(
         dir=f"{folder}/exchange", exchange="prediction", peer=rank, dtype=dtype, topk=topk, interval=10**6
@@ -96,8 +65,8 @@ def prediction(training: Any, rank: int, folder: Path, dtype: str, topk: int) ->
         codistiller.begin_update(update, epoch=1)
         further = codistiller.begin_batch(position)
         if codistiller.active:
-            logits = logits_of(training.model, training.inputs)
-            met += bool(codistiller.penalty(logits, lambda peer: peer(*training.inputs), inputs=training.inputs).peers)
+            found = training.update(codistiller)
+            met += found is not None and bool(found.peers)
         else:
             time.sleep(0.02)
         position = further or Position(1, position.batch + 1)
@@ -108,7 +77,7 @@ def prediction(training: Any, rank: int, folder: Path, dtype: str, topk: int) ->
 def worker(name: str, kind: str, rank: str, folder: str, *more: str) -> None:
     """One of two that step together; worker 0 prints what `lo` carried in `UPDATES` steps."""
     torch.manual_seed(0)
-    training = TRAININGS[name](seed=1 if kind == "all_reduce" else int(rank))
+    training = Training(TRAININGS[name], seed=1 if kind == "all_reduce" else int(rank))
     place, wire = Path(folder), (more[0], int(more[1])) if more else ()
     steps = {"all_reduce": all_reduce, "prediction": prediction}[kind](training, int(rank), place, *wire)
     next(steps)
@@ -125,8 +94,15 @@ def worker(name: str, kind: str, rank: str, folder: str, *more: str) -> None:
 def together(folder: Path, what: str, rank: str) -> None:
     """Wait for the other worker, without the network."""
     (folder / f"{what}{rank}").touch()
-    while not all((folder / f"{what}{each}").exists() for each in (0, 1)):
-        time.sleep(0.001)
+    _wait(lambda: all((folder / f"{what}{each}").exists() for each in (0, 1)), 0.001)
+
+
+def _wait(done: Callable[[], bool], pause: float) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not done():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"what was waited for did not happen within {PATIENCE:.0f} s")
+        time.sleep(pause)
 
 
 def on_the_wire(name: str, kind: str, *more: Any) -> float:
@@ -138,23 +114,23 @@ def on_the_wire(name: str, kind: str, *more: Any) -> float:
             for rank in (0, 1)
         ]
         try:
-            out = [one.communicate(timeout=300)[0] for one in workers]
+            out = [one.communicate(timeout=PATIENCE)[0] for one in workers]
         finally:
             for one in workers:
                 one.kill()
     return int(out[0].split()[-1]) / UPDATES / 2
 
 
-def checkpoints(make: Callable[[int], Any], url: str, dtype: str) -> tuple[float, float]:
+def checkpoints(workload: Workload, url: str, dtype: str) -> tuple[float, float]:
     """Bytes of a snapshot, computed and measured, each on its way to the store and back."""
-    trainings = [make(seed) for seed in (0, 1)]
+    trainings, run = [Training(workload, seed) for seed in (0, 1)], f"{type(workload).__name__}-{dtype}"
     computed = HostBuffer(trainings[0].model.state_dict(), dtype).nbytes
     with tempfile.TemporaryDirectory() as folder:
         codistillers = [
             Codistiller(
-                CodistillConfig(dir=url, run_id=f"{make.__name__}-{dtype}", peer=peer, interval=1, dtype=dtype),
+                CodistillConfig(dir=url, run_id=run, peer=peer, interval=1, dtype=dtype),
                 model=training.model,
-                build_peer=lambda: make(2).model,
+                build_peer=lambda: workload.build(2),
                 fingerprint=fingerprint(1),
                 save_dir=Path(folder) / str(peer),
             )
@@ -178,13 +154,13 @@ def checkpoints(make: Callable[[int], Any], url: str, dtype: str) -> tuple[float
 
 def until_fetched(codistillers: list[Codistiller], size: int) -> None:
     """Wait until every peer has sent, and brought here, so many bytes."""
-    while any(min(now["sent"], now["received"]) < size for now in [each.metrics() for each in codistillers]):
-        time.sleep(0.05)
+    _wait(lambda: all(each.metrics()[way] >= size for each in codistillers for way in ("sent", "received")), 0.05)
 
 
 def in_a_group(members: int) -> tuple[float, float]:
     """Bytes that each of so many workers sends with the logits of 32 images, computed and measured."""
-    size = payload_bytes(Vision.logits, "float32", 0)
+    logits = Vision().logits
+    size = payload_bytes(logits, "float32", 0)
     store, barrier, found = dist.HashStore(), threading.Barrier(members), []
 
     def member(me: int) -> None:
@@ -194,9 +170,7 @@ def in_a_group(members: int) -> tuple[float, float]:
             found.append(carried())
         barrier.wait()
         for number in range(UPDATES):
-            group.exchange(
-                Header(1, number, Vision.logits, "float32", 0, 0, size), torch.zeros(size, dtype=torch.uint8), 60
-            )
+            group.exchange(Header(1, number, logits, "float32", 0, 0, size), torch.zeros(size, dtype=torch.uint8), 60)
         barrier.wait()
         if me == 0:
             found.append(carried())
@@ -214,20 +188,20 @@ def in_a_group(members: int) -> tuple[float, float]:
 def everything() -> Iterator[Found]:
     from tests.fixtures_store import S3Server
 
-    for name, make in TRAININGS.items():
-        gradient = sum(p.numel() * p.element_size() for p in make(0).model.parameters())
+    for name, workload in TRAININGS.items():
+        gradient = sum(p.numel() * p.element_size() for p in workload.build(0).parameters())
         yield name, "all_reduce", gradient, on_the_wire(name, "all_reduce")
         for dtype, topk in WIRES:
             kind = f"prediction, {dtype}" + (f", top {topk}" if topk else "")
-            yield name, kind, payload_bytes(make.logits, dtype, topk), on_the_wire(name, "prediction", dtype, topk)
+            yield name, kind, payload_bytes(workload.logits, dtype, topk), on_the_wire(name, "prediction", dtype, topk)
     for members in MEMBERS:
         yield "resnet18", f"prediction, float32, {members} peers", *in_a_group(members)
     server = S3Server()
     os.environ.update(server.environment())
     url = f"s3://{server.bucket()}/exchange"
-    for name, make in TRAININGS.items():
+    for name, workload in TRAININGS.items():
         for dtype in ("float32", "bfloat16"):
-            yield name, f"a snapshot, {dtype}", *checkpoints(make, url, dtype)
+            yield name, f"a snapshot, {dtype}", *checkpoints(workload, url, dtype)
     server.stop()
 
 

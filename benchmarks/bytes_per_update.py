@@ -1,4 +1,8 @@
-"""How many bytes does a worker send per update? (computed for large models; for small ones measured beside it)"""
+"""How many bytes does a worker send per update?
+
+Computed for large models: how many times as many bytes all_reduce sends. For small ones counted on the loopback
+interface of a network namespace, headers and polls included: how many times as many as computed.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +18,22 @@ from timm.models import create_model
 from torch import nn
 
 from benchmarks.loopback import Unavailable, alone
-from benchmarks.transformer import Task
+from benchmarks.record import Row
+from benchmarks.workloads import Task
 from codistill.exchange.prediction.wire import payload_bytes
 from codistill.exchange.snapshot import HostBuffer
 
 INTERVALS = (10, 100, 1000)
 TOPK = (8, 32, 128)
+TOLERANCE = 0.05
 
 
 @dataclasses.dataclass
 class Traffic:
-    """What one of two workers sends: its gradient, its snapshot by dtype, the logits of an update."""
+    """What one of two workers sends: its gradient, its snapshot by dtype, the logits of an update.
+
+    A ring all_reduce of n workers sends 2 (n - 1) / n gradients: one for two.
+    """
 
     gradient: int
     snapshot: dict[str, int]
@@ -37,8 +46,6 @@ class Traffic:
         return cls(gradient, {dtype: HostBuffer(state, dtype).nbytes for dtype in ("float32", "bfloat16")}, logits)
 
     def rows(self) -> Iterator[tuple[str, float]]:
-        # A ring of n workers sends 2 (n - 1) / n gradients: one for two.
-        yield "ring all_reduce, 2 workers, float32", self.gradient
         for interval in INTERVALS:
             for dtype, size in self.snapshot.items():
                 yield f"checkpoint, interval {interval}, {dtype}", size / interval
@@ -59,28 +66,19 @@ def transformer_big() -> Traffic:
     return Traffic.of(model, (3584, 32768))
 
 
-def measure() -> Iterator[str]:
+def measure(device: str) -> Iterator[Row]:
     torch.set_num_threads(2)
-    yield "computed, bytes a worker sends per update (in brackets: all_reduce sends so many times as much)"
-    columns = {
-        "ResNet-50, 32 images": resnet50,
-        "Transformer-big, 3,584 tokens, 32,768 words": transformer_big,
-    }
-    found = []
-    for build in columns.values():
-        found.append(list(build().rows()))
+    for name, build in {"ResNet-50": resnet50, "Transformer-big": transformer_big}.items():
+        traffic = build()
+        for kind, size in traffic.rows():
+            ratio = traffic.gradient / size
+            details = {"bytes": round(size), "all_reduce": traffic.gradient}
+            yield Row(f"{name}: {kind}", ratio, ratio, ratio, more=True, details=details)
         gc.collect()
-    gradients = [rows[0][1] for rows in found]
-    yield f"{'':38}" + "".join(f"{name:>45}" for name in columns)
-    for row in zip(*found, strict=True):
-        cells = [f"{size:,.0f} ({gradient / size:,.1f})" for (_, size), gradient in zip(row, gradients, strict=True)]
-        yield f"{row[0][0]:38}" + "".join(f"{cell:>45}" for cell in cells)
-    yield "measured on the loopback interface of a network namespace, two workers, bytes a worker sends per update"
     try:
-        for model, kind, computed, measured in alone("benchmarks.bytes_measured"):
-            yield (
-                f"{model:24}{kind:34}{computed:>14,.0f} computed {measured:>14,.0f} measured, "
-                f"{measured / computed:.3f} times as much"
-            )
+        for name, kind, computed, measured in alone("benchmarks.bytes_measured"):
+            ratio = measured / computed
+            details = {"computed": round(computed), "measured": round(measured)}
+            yield Row(f"{name}: {kind}, measured", ratio, ratio, ratio, details=details)
     except Unavailable as error:
-        yield f"not measured: {error}"
+        print(f"  not measured: {error}")

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+LONGEST_SECONDS = 1800.0  # for all that one call runs
 _SET_FLAGS, _UP = 0x8914, 0x1
 
 
@@ -27,6 +28,7 @@ def alone(module: str, *arguments: str) -> Any:
 
     Raises:
         Unavailable: where this cannot be done.
+        RuntimeError: it failed, or took longer than `LONGEST_SECONDS`.
     """
     if shutil.which("unshare") is None:
         raise Unavailable("there is no unshare command here")
@@ -36,7 +38,10 @@ def alone(module: str, *arguments: str) -> Any:
         raise Unavailable(probe.stderr.strip())
     command = ["unshare", *users, "--net", sys.executable, "-W", "ignore", "-m", module, *arguments]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=LONGEST_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{' '.join(command)} took longer than {LONGEST_SECONDS:.0f} s") from None
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])

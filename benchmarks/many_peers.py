@@ -1,4 +1,6 @@
-"""What do n peers ask of the store, and how stale are they? (no goal; about 10 minutes; writes docs/scaling.json, .png)
+"""What do n peers ask of the store, and how stale are they?
+
+Rows: a peer's requests in an interval, as a multiple of those on a ring of two; docs/scaling.md has the rest.
 
 A simulation on the real code: tiny models, each with its codistiller, publisher and fetcher, in one process, over one
 temporary folder. Every request to the folder is counted where it leaves for obstore, and takes as long as one to a
@@ -11,14 +13,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import random
 import statistics
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,13 +28,14 @@ import obstore
 import torch
 from torch import nn
 
-from benchmarks.many_peers_plot import draw
+from benchmarks import many_peers_plot
+from benchmarks.record import Row
 from codistill import CodistillConfig, Codistiller, fingerprint
 from codistill.exchange import objects, publisher
 from codistill.exchange.checkpoint import fetcher
 
 PEERS = (2, 4, 8, 16, 32, 64)
-TOPOLOGIES = ("all", "ring", "random-2")
+TOPOLOGIES = ("ring", "random-2", "all")
 INTERVAL = 20  # updates
 INTERVAL_SECONDS = 20.0
 REQUEST_SECONDS = 0.02
@@ -41,7 +43,7 @@ WARM_UP, MEASURED = 3, 2  # intervals
 MOST_REQUESTS = 700.0  # a second, that this machine is asked to serve
 MOST_COMPRESSED = 0.1
 PAUSES = ((fetcher, "POLL_SECONDS"), (fetcher, "HURRIED_SECONDS"), (publisher, "HEARTBEAT_SECONDS"))
-OUTPUT = Path(__file__).resolve().parents[1] / "docs" / "scaling.json"
+TOLERANCE = 0.25
 
 
 class Counted:
@@ -229,33 +231,15 @@ def simulate(topology: str, peers: int) -> Measurement:
     )
 
 
-def measure() -> Iterator[str]:
+def measure(device: str) -> Iterator[Row]:
     torch.set_num_threads(1)
-    yield (
-        f"an interval is {INTERVAL} updates in {INTERVAL_SECONDS:g} s, a request takes {1000 * REQUEST_SECONDS:g} ms; "
-        "a peer's requests and bytes in an interval, staleness and age in intervals"
-    )
-    yield (
-        f"{'topology':10}{'peers':>6}{'in use':>8}{'GET':>9}{'HEAD':>7}{'PUT':>6}{'DELETE':>8}{'read':>11}"
-        f"{'snapshots':>11}{'written':>9}{'stale: mean':>13}{'max':>6}{'age: mean':>11}{'max':>6}"
-        f"{'time ×':>8}{'late':>7}"
-    )
-    found = []
+    alone = None
     for topology, peers in itertools.product(TOPOLOGIES, PEERS):
-        now = simulate(topology, peers)
-        found.append(dataclasses.asdict(now) | {"requests": now.requests})
-        yield (
-            f"{topology:10}{peers:6}{now.in_use:8.1f}{now.get:9.1f}{now.head:7.1f}{now.put:6.1f}{now.delete:8.1f}"
-            f"{now.read:11,.0f}{now.snapshots:11,.0f}{now.written:9,.0f}{now.staleness_mean:13.2f}"
-            f"{now.staleness_max:6.2f}{now.age_mean:11.2f}{now.age_max:6.2f}{now.scale:8.2f}{now.late:7.0%}"
-            + (f"  {now.incidents} incidents" if now.incidents else "")
-        )
-    setting = {
-        "interval_updates": INTERVAL,
-        "interval_seconds": INTERVAL_SECONDS,
-        "request_seconds": REQUEST_SECONDS,
-        "measured_intervals": MEASURED,
-    }
-    OUTPUT.write_text(json.dumps({"setting": setting, "measurements": found}, indent=1) + "\n", encoding="utf-8")
-    draw(found, setting, OUTPUT.with_suffix(".png"))
-    yield f"wrote {OUTPUT} and {OUTPUT.with_suffix('.png').name}"
+        found = simulate(topology, peers)
+        alone = alone or found.requests
+        ratio = found.requests / alone
+        yield Row(f"{topology}, {peers} peers", ratio, ratio, ratio, details=dataclasses.asdict(found))
+
+
+def draw(rows: Sequence[Row], folder: Path) -> None:
+    many_peers_plot.draw([Measurement(**row.details) for row in rows], INTERVAL_SECONDS, folder / "peers.png")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.many_peers import Measurement
 
 STYLES = {"all": ("black", "o", "-"), "ring": ("0.55", "s", "--"), "random-2": ("0.3", "^", ":")}
 
 
-def draw(found: Sequence[Mapping[str, Any]], setting: Mapping[str, float], path: Path) -> None:
+def draw(found: Sequence[Measurement], interval_seconds: float, path: Path) -> None:
     import matplotlib
 
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # fairseq has the root logger tell everything
@@ -19,14 +22,14 @@ def draw(found: Sequence[Mapping[str, Any]], setting: Mapping[str, float], path:
 
     figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     for topology, (colour, marker, line) in STYLES.items():
-        rows = [row for row in found if row["topology"] == topology]
-        peers = [row["peers"] for row in rows]
+        rows = [row for row in found if row.topology == topology]
+        peers = [row.peers for row in rows]
         style = {"color": colour, "marker": marker, "linestyle": line, "markersize": 5}
-        axes[0].plot(peers, [row["requests"] / setting["interval_seconds"] for row in rows], label=topology, **style)
-        axes[1].plot(peers, [row["read"] / 1000 for row in rows], **style)
-        axes[1].plot(peers, [row["snapshots"] / 1000 for row in rows], **style, alpha=0.35)
-        axes[2].plot(peers, [row["age_mean"] for row in rows], **style)
-        axes[2].plot(peers, [row["age_max"] for row in rows], **style, alpha=0.35)
+        axes[0].plot(peers, [row.requests / interval_seconds for row in rows], label=topology, **style)
+        axes[1].plot(peers, [row.read / 1000 for row in rows], **style)
+        axes[1].plot(peers, [row.snapshots / 1000 for row in rows], **style, alpha=0.35)
+        axes[2].plot(peers, [row.age_mean for row in rows], **style)
+        axes[2].plot(peers, [row.age_max for row in rows], **style, alpha=0.35)
     for axis, title in zip(
         axes,
         (

@@ -196,18 +196,19 @@ def conditional(request: Request) -> bool:
 
 
 class S3Server:
-    """moto's S3 on a free loopback port, one request at a time, as S3's conditional puts are atomic and moto's not."""
+    """moto's S3 on a free port, one request at a time, as S3's conditional puts are atomic and moto's not."""
 
-    def __init__(self) -> None:
+    def __init__(self, address: str = "127.0.0.1") -> None:
+        self._address = address
         self._app = DomainDispatcherApplication(create_backend_app)
         self._lock = threading.Lock()  # of moto
         self._troubles: list[Trouble] = []
         self._choosing = threading.Lock()  # of `_troubles`, and what is in them
         self._next = Trouble(refuse(""), lambda request: True, 0)
-        self._server = make_server("127.0.0.1", 0, self._serve, threaded=True, request_handler=_Quiet)
+        self._server = make_server(address, 0, self._serve, threaded=True, request_handler=_Quiet)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self.url = f"http://{address}:{self._server.server_port}"
 
     @contextmanager
     def trouble(
@@ -242,7 +243,7 @@ class S3Server:
     def environment(self) -> dict[str, str]:
         """What a process needs to reach it."""
         place = {"AWS_ENDPOINT_URL": self.url, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1"}
-        return {**place, **CREDENTIALS, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        return {**place, **CREDENTIALS, "NO_PROXY": self._address, "no_proxy": self._address}
 
     def bucket(self) -> str:
         """The name of a new bucket."""
