@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.record import Row
-from benchmarks.workloads import Training, Translation, logits_of
+from benchmarks.workloads import Training, Translation
 from codistill import CodistillConfig, Codistiller, fingerprint
 from codistill.exchange.snapshot import HostBuffer
 
