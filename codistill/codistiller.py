@@ -149,7 +149,9 @@ class Codistiller:
         """Let the peers predict before our own forward pass, while `active`; `penalty` for the same batch follows.
 
         Optional, and nothing changes by it, but their activations are gone before ours come, in whose room they were:
-        less memory at the peak, and less to be asked of the system anew.
+        less memory at the peak, and less to be asked of the system anew. (A model that draws random numbers even in
+        eval mode draws them earlier.) When a batch fails in between, call it for the next one, too; what was predicted
+        is forgotten with the update.
 
         Args:
             forward: As for `penalty`.
@@ -169,7 +171,8 @@ class Codistiller:
         Args:
             own: our logits, (..., classes).
             forward: gives a peer's logits for the same batch, of the same shape; called without autograd, and not at
-                all after `predict_early`. What it gives is used up.
+                all after `predict_early`. What it gives is overwritten, by checkpoint; it must not share memory with
+                the batch, nor with what the next forward pass writes to, as the output of a CUDA graph does.
             mask: (...), True where a position counts.
             inputs: the batch itself, (samples, ...) each: with exchange by prediction all peers' must be equal.
 

@@ -72,8 +72,9 @@ def distill(
         mask: Booleans of own's shape without its last dimension, True where a position counts; all count without
             it. Whatever the logits hold elsewhere, even NaN, has no influence.
         chunk: Positions worked on at a time; chosen by the device without it.
-        overwrite: The peers' logits are needed no more: the gradient may take the place of one peer's. A tensor of
-            that size costs more to make than to fill on a CPU, since its memory comes page by page.
+        overwrite: The peers' logits are needed no more, and share memory with nothing that is: the gradient may take
+            the place of one peer's. A tensor of that size costs more to make than to fill on a CPU, since its memory
+            comes page by page.
 
     Returns:
         The sum with its companions.
@@ -187,7 +188,8 @@ class _Work:
     def place(self, own: Tensor, overwrite: bool) -> Tensor:
         """Where the pulls go: over a peer's logits, where allowed and of own's kind. Blocks are read before that."""
         for peer in self.peers if overwrite else ():
-            if peer.dtype == own.dtype and peer.device == own.device and peer.is_contiguous():
+            alike = peer.dtype == own.dtype and peer.device == own.device
+            if alike and peer.is_contiguous() and not peer.is_inference():  # torch lets nothing write to the latter
                 return peer
         return torch.empty_like(own)
 

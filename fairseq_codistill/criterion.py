@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from typing import Any, Optional
 
+import torch
 from fairseq.criterions import register_criterion
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion, label_smoothed_nll_loss
 from fairseq.logging import metrics
+from fairseq.utils import apply_to_sample
 from torch import Tensor, nn
 
 from codistill import ConfigError
@@ -57,7 +59,7 @@ class CodistillCriterion(LabelSmoothedCrossEntropyCriterion):
         if not self.training:
             return super().forward(model, sample, reduce)
         if self._hooks.codistiller is not None and not self._hooks.dummy:
-            self._hooks.codistiller.predict_early(lambda peer: peer(**sample["net_input"])[0])
+            self._hooks.codistiller.predict_early(lambda peer: _predicted(peer, sample))
         net_output = model(**sample["net_input"])
         logged, nll_loss = self.compute_loss(model, net_output, sample, reduce=reduce)
         loss = self._smoothed(model, net_output, sample, reduce, logged)
@@ -92,7 +94,7 @@ class CodistillCriterion(LabelSmoothedCrossEntropyCriterion):
             return None, (0.0, 0.0, 0.0)
         found = codistiller.penalty(
             net_output[0],
-            lambda peer: peer(**sample["net_input"])[0],
+            lambda peer: _predicted(peer, sample),
             self._mask(sample["target"]),
             _inputs(sample) if self._hooks.coordinated else (),
         )
@@ -114,6 +116,12 @@ class CodistillCriterion(LabelSmoothedCrossEntropyCriterion):
         loss, agreement, positions = (sum(float(log.get(name, 0.0)) for log in logging_outputs) for name in _SUMS)
         metrics.log_scalar("codistill_loss", loss / max(positions, 1.0), positions, round=3)
         metrics.log_scalar("codistill_agreement", agreement / max(positions, 1.0), positions, round=3)
+
+
+def _predicted(peer: nn.Module, sample: dict[str, Any]) -> Tensor:
+    """A peer's logits, from a copy of the batch: a model may change its input in place."""
+    logits: Tensor = peer(**apply_to_sample(torch.clone, sample["net_input"]))[0]
+    return logits
 
 
 def _inputs(sample: dict[str, Any]) -> list[Tensor]:

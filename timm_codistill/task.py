@@ -165,7 +165,7 @@ class CodistillationTask(ClassificationTask):
         """
         self._begin_update()
         if self._codistiller is not None:
-            self._codistiller.predict_early(lambda peer: peer(self._counted(input)))
+            self._codistiller.predict_early(lambda peer: self._predicted(peer, input))
         result = super().forward(input, target)
         if self._codistiller is not None and self._codistiller.active:
             penalty = self._penalty(self._codistiller, input, target, result["output"])
@@ -288,8 +288,13 @@ class CodistillationTask(ClassificationTask):
     def _penalty(self, codistiller: Codistiller, input: Tensor, target: Tensor, output: Tensor) -> Tensor:
         own = self._counted(output)
         inputs = (input, target) if self._sampling is not None else ()
-        found = codistiller.penalty(own, lambda peer: peer(self._counted(input)), inputs=inputs)
+        found = codistiller.penalty(own, lambda peer: self._predicted(peer, input), inputs=inputs)
         return codistiller.alpha / len(own) * found.loss
+
+    def _predicted(self, peer: nn.Module, input: Tensor) -> Tensor:
+        """A peer's logits, from a copy of the batch: a model may change its input in place."""
+        logits: Tensor = peer(self._counted(input).clone())
+        return logits if self._compiled is None else logits.clone()  # before a CUDA graph uses their memory again
 
     def _counted(self, batch: Tensor) -> Tensor:
         """The part of a batch that the penalty covers."""

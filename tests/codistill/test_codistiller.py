@@ -112,6 +112,10 @@ def test_what_a_peer_predicted_early_is_compared_once_and_with_that_batch(peers)
     inputs = torch.randn(7, 4)
     assert first.codistiller.penalty(own, forward).loss != early.loss
     assert len(asked) == 3
+    first.codistiller.predict_early(forward)  # for a batch that fails
+    first.codistiller.begin_update(first.update + 1, 1)
+    inputs = torch.randn(7, 4)
+    assert first.codistiller.penalty(own, forward).loss == first.codistiller.penalty(own, forward).loss
 
 
 def test_a_peer_alone_exchanges_nothing_and_still_reports(peers, tmp_path):

@@ -89,6 +89,19 @@ def test_over_a_peers_logits_the_gradient_is_the_same_and_no_tensor_of_their_siz
     assert torch.equal(peers[0], logits(64, 512, seed=1))
 
 
+def test_logits_that_cannot_be_written_to_as_a_gradient_are_left_alone():
+    own, plain = logits(8, 16), logits(8, 16, seed=1)
+    with torch.inference_mode():
+        inference = plain.clone()
+    for peer in (inference, plain[0].expand(8, 16), plain.double()):
+        before = peer.clone()
+        wanted, gradient = taken(own, [peer], loss="kl")
+        found, over = taken(own, [peer], loss="kl", overwrite=True)
+        assert torch.equal(found.loss, wanted.loss)
+        assert torch.equal(over, gradient)
+        assert torch.equal(peer, before)
+
+
 # --- values and gradients -------------------------------------------------------------------------------------------
 
 

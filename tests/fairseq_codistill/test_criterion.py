@@ -109,6 +109,16 @@ def test_no_gradient_reaches_a_peer_and_no_parameter_of_its_module_wants_one(tog
     assert all(p.grad is None and not p.requires_grad for p in module.parameters())
 
 
+def test_a_peer_that_changes_its_input_in_place_does_not_change_the_batch(together):
+    host, _, update = together()
+    sample, seen = batch(host), []
+    peer = host.codistiller._exchange._modules._modules[1]
+    peer.register_forward_pre_hook(lambda _, __, fed: seen.append(fed["src_tokens"].zero_()), with_kwargs=True)
+    host.step(sample, update)
+    assert len(seen) == 1
+    assert torch.equal(sample["net_input"]["src_tokens"], batch(host)["net_input"]["src_tokens"])
+
+
 def test_a_peer_whose_logits_are_not_finite_changes_nothing_and_is_counted(together, caplog):
     def spoil(model):
         with torch.no_grad():

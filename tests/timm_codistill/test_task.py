@@ -64,6 +64,18 @@ def test_a_peer_s_output_is_the_publisher_s_in_eval_mode_bit_for_bit(peers):
     assert not seen[0].requires_grad
 
 
+def test_a_peer_that_changes_its_input_in_place_does_not_change_the_batch(peers):
+    peers.publish(MODELS["vit"]())
+    own, images, seen = MODELS["vit"](), IMAGES.clone(), []
+    task = peers.task(0, own)
+    peers.until_it_has_a_peer(task, own)
+    peer = task._codistiller._exchange._modules._modules[1]
+    peer.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].zero_()))
+    task(images, LABELS)
+    assert len(seen) == 1
+    assert torch.equal(images, IMAGES)
+
+
 def test_with_jsd_the_penalty_covers_the_split_that_is_compared_with_labels(peers):
     published, own = peers.publish(MODELS["vit"]()), MODELS["vit"]()
     task = peers.task(0, own, criterion=JsdCrossEntropy(num_splits=2, smoothing=0))

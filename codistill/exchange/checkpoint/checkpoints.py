@@ -108,6 +108,7 @@ class CheckpointExchange:
 
     def begin_update(self, update: int, *, willing: bool) -> None:
         """In the middle between two boundaries: get ready for the next."""
+        self._early = None  # of a batch that failed before its penalty
         if not self._ahead and update % self._config.interval >= self._config.interval // 2:
             self._look_ahead(update)
 
@@ -137,7 +138,7 @@ class CheckpointExchange:
             self._attend(self._neighbours.chosen, (), NEWEST)
 
     def predict_early(self, forward: Callable[[nn.Module], Tensor], update: int) -> None:
-        """Let the peers predict now; `predictions` then gives that."""
+        """Let the peers predict now; the next `predictions` of this update gives that."""
         self._early = None  # first, for its memory
         self._early = self._modules.predictions(forward, update)
 
