@@ -101,7 +101,7 @@ def main() -> int:
         parser.error("--device cuda: torch finds no GPU here; measure with --device cpu")
     if args.check and args.out.resolve() == KEPT:
         parser.error(f"--out {args.out}: --check compares with what is kept there; name another folder")
-    logging.getLogger("fairseq").setLevel(logging.WARNING)
+    logging.disable(logging.INFO)  # fairseq has the root logger tell everything
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {record.machine(args.device)['cpu']}")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that all that is open is closed
     holds = True

@@ -14,7 +14,6 @@ process that does such work, and shares nothing with it but the machine.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import signal
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from statistics import fmean, median
 import torch
 from torch import Tensor, nn
 
+from benchmarks import drawing
 from benchmarks.exchange_setting import INTERVAL, SHAPES, WAIT_SECONDS, Scene, scene, seconds
 from benchmarks.record import Row
 
@@ -202,12 +202,7 @@ def beside_another(update: Update) -> Row:
 
 def draw(rows: Sequence[Row], folder: Path) -> None:
     """The updates of an interval, with an exchange and without."""
-    import matplotlib
-
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
+    pyplot = drawing.pyplot()
     for row in rows:
         curves = row.details.get("curves_ms")
         if not curves:

@@ -14,7 +14,6 @@ peer's module; it is left out of the ratios and told in the details.
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import sys
@@ -29,7 +28,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from benchmarks import exchange_background
+from benchmarks import drawing, exchange_background
 from benchmarks.exchange_setting import SHAPES, Scene, Shape, scene, seconds, timed
 from benchmarks.record import Row, available_memory
 from codistill.exchange.checkpoint.uptake import Uptake
@@ -190,12 +189,7 @@ def milliseconds(times: Sequence[float]) -> float:
 
 def draw(rows: Sequence[Row], folder: Path) -> None:
     """How long the training thread is held, by size, and a curve of update times."""
-    import matplotlib
-
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
+    pyplot = drawing.pyplot()
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
     for axis, what in zip(axes, ("publish", "take up"), strict=True):
         for label, (style, points) in _curves(rows, what).items():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import drawing
 from benchmarks.record import Row
 
 LABELS = {
@@ -20,12 +20,7 @@ STYLES = {"": ("black", "o"), "float32": ("black", "o"), "bfloat16": ("0.45", "s
 
 
 def draw(rows: Sequence[Row], folder: Path) -> None:
-    import matplotlib
-
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # fairseq has the root logger tell everything
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
+    pyplot = drawing.pyplot()
     for axis, label in LABELS.items():
         there = [row for row in rows if row.details["point"][0] == axis]
         names = list(dict.fromkeys(tuple(row.details["point"][1:3]) for row in there))

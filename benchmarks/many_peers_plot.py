@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from benchmarks import drawing
 
 if TYPE_CHECKING:
     from benchmarks.many_peers import Measurement
@@ -14,12 +15,7 @@ STYLES = {"all": ("black", "o", "-"), "ring": ("0.55", "s", "--"), "random-2": (
 
 
 def draw(found: Sequence[Measurement], interval_seconds: float, path: Path) -> None:
-    import matplotlib
-
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # fairseq has the root logger tell everything
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
+    pyplot = drawing.pyplot()
     figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     for topology, (colour, marker, line) in STYLES.items():
         rows = [row for row in found if row.topology == topology]

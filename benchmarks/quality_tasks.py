@@ -80,15 +80,11 @@ class Task(Protocol):
         """`quality` first, then what else is worth knowing."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Digits:
-    """The narrow ResNet on 128 digits; the seed says which ones. Judged by top-1 error, in percent."""
+class OfRecipe:
+    """What a task takes from its recipe's regime."""
 
-    name: str = "digits"
-    training: vision.Training = dataclasses.field(default_factory=lambda: vision.Training(updates=480))
-    every: int = 40
-    unit: str = "top-1 error, %"
-    guessing: float = 90.0
+    training: Any
+    every: int
 
     @property
     def updates(self) -> int:
@@ -105,6 +101,17 @@ class Digits:
     @property
     def settings(self) -> dict[str, Any]:
         return regime(self.every, self.training)
+
+
+@dataclasses.dataclass(frozen=True)
+class Digits(OfRecipe):
+    """The narrow ResNet on 128 digits; the seed says which ones. Judged by top-1 error, in percent."""
+
+    name: str = "digits"
+    training: vision.Training = dataclasses.field(default_factory=lambda: vision.Training(updates=480))
+    every: int = 40
+    unit: str = "top-1 error, %"
+    guessing: float = 90.0
 
     def prepare(self) -> None:
         (DATA / "vision").mkdir(parents=True, exist_ok=True)
@@ -165,7 +172,7 @@ def scans(split: str) -> tuple[Tensor, Tensor]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Strings:
+class Strings(OfRecipe):
     """The small Transformer on 1,500 pairs of interface strings. Judged by the NLL of a subword, in bits."""
 
     name: str = "translation"
@@ -173,22 +180,6 @@ class Strings:
     every: int = 80
     unit: str = "NLL, bits per subword"
     guessing: float = 10.0
-
-    @property
-    def updates(self) -> int:
-        return self.training.updates
-
-    @property
-    def interval(self) -> int:
-        return self.training.interval
-
-    @property
-    def burn_in(self) -> int:
-        return self.training.burn_in
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return regime(self.every, self.training)
 
     def prepare(self) -> None:
         prepare(nmt.Corpus(), DATA / "downloads", DATA / "nmt" / "corpus")

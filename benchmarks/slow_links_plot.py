@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import drawing
 from benchmarks.record import Row
 
 STYLES = {
@@ -25,12 +25,7 @@ ALONE = "alone"
 
 def curves(rows: Sequence[Row], path: Path) -> None:
     """Draw them into a PNG file."""
-    import matplotlib
-
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # fairseq has the root logger tell everything
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
+    pyplot = drawing.pyplot()
     points = [row.details["curve"] for row in rows if "curve" in row.details]
     workloads = list(dict.fromkeys(point["workload"] for point in points))
     if not workloads:
