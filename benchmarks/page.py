@@ -60,7 +60,7 @@ def _table(rows: Sequence[record.Row]) -> Iterator[str]:
     names = list(dict.fromkeys(name for row in rows for name in row.scalars))
     columns = names if len(names) <= MOST_COLUMNS else [""]
     goals = any(row.goal is not None for row in rows)
-    yield "| | ratio | quartiles |" + ("goal |" if goals else "") + "".join(f" {name} |" for name in columns)
+    yield "| | ratio | quartiles |" + (" goal |" if goals else "") + "".join(f" {name} |" for name in columns)
     yield "|---|---:|---|" + ("---|" if goals else "") + "---:|" * len(columns)
     for row in rows:
         found = row.scalars if columns == names else {"": row.beside}
@@ -76,8 +76,8 @@ def _goals() -> Iterator[str]:
         path = record.path_of(KEPT, question, "cpu")
         for row in record.read(path) if path.exists() else ():
             if row.goal is not None:
-                missed = f"missed by {abs(row.ratio / row.goal - 1):.1%}"
-                verdict = "met" if row.met else missed
+                distance = max(0.001, abs(row.ratio / row.goal - 1))
+                verdict = "met" if row.met else f"missed by {distance:.1%}"
                 yield f"| {question} | {row.name} | {row.wanted} | {record.number(row.ratio)} | {verdict} |"
 
 
