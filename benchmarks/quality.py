@@ -30,7 +30,7 @@ from benchmarks.links import Unavailable
 from benchmarks.quality_tasks import HELD_OUT, TASKS, quiet
 from benchmarks.quality_training import Trial, train
 from benchmarks.record import Row
-from codistill.plots import student_t
+from codistill.plots import half_interval
 from recipes.embedded.processes import ProcessFailed
 from recipes.embedded.steps import StepError, exclusive
 
@@ -161,17 +161,12 @@ def curve(runs: Sequence[Run]) -> dict[str, list[float]]:
     return {
         "seconds": [round(statistics.fmean(look), 2) for look in zip(*(run.seconds for run in runs), strict=True)],
         "quality": [round(statistics.fmean(look), 4) for look in zip(*(run.quality for run in runs), strict=True)],
-        "interval": [round(interval(look), 4) for look in zip(*(run.quality for run in runs), strict=True)],
+        "interval": [round(half_interval(look), 4) for look in zip(*(run.quality for run in runs), strict=True)],
     }
 
 
-def interval(values: Sequence[float]) -> float:
-    """Half the width of the 95 % interval of their mean."""
-    return student_t(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-
-
 def spread(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):.2f} ± {interval(values):.2f}"
+    return f"{statistics.fmean(values):.2f} ± {half_interval(values):.2f}"
 
 
 def draw(rows: Sequence[Row], folder: Path) -> None:

@@ -12,6 +12,7 @@ import glob
 import importlib.util
 import math
 import os
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -165,6 +166,13 @@ def mean_of(runs: Sequence[Sequence[Point]]) -> Curve:
     mean = values.mean(axis=0)
     half = student_t(len(runs) - 1) * values.std(axis=0, ddof=1) / math.sqrt(len(runs))
     return Curve(common, mean.tolist(), (mean - half).tolist(), (mean + half).tolist(), len(runs))
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """How far the 95 % interval of a mean reaches to either side (Student's t); NaN for a single value."""
+    if len(values) < 2:
+        return math.nan
+    return student_t(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def student_t(freedom: int) -> float:

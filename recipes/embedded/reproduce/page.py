@@ -12,12 +12,13 @@ from dataclasses import fields
 from pathlib import Path
 from statistics import mean
 
+from codistill.plots import half_interval
 from recipes.embedded.reproduce import pictures, results, search, settings
 from recipes.embedded.reproduce.claims import CLAIMS, Claim
 from recipes.embedded.reproduce.figures import FIGURES, Curves, Figure, Numbers, Sweep
 from recipes.embedded.reproduce.results import Results
 from recipes.embedded.reproduce.trainings import Cell
-from recipes.embedded.reproduce.verdicts import Judgement, Verdict, interval, judge, together
+from recipes.embedded.reproduce.verdicts import Judgement, Verdict, judge, together
 
 NAME = "reproduction"
 TEXT = Path(__file__).with_name("reproduction.in.md")
@@ -98,7 +99,7 @@ def _numbers(panel: Curves | Sweep | Numbers, found: Results) -> Iterator[list[s
         if not seeds:
             shown = "not run"
         else:
-            half = interval(list(seeds.values()))
+            half = half_interval(list(seeds.values()))
             shown = f"{mean(seeds.values()):.{digits}f}" + (f" ± {half:.{digits}f}" if half == half else "")
         title = "" if isinstance(panel, Numbers) or not panel.title else f"{panel.title}, "
         yield [title + name, pictures.LABELS[metric], shown, " ".join(map(str, sorted(seeds)))]

@@ -17,6 +17,7 @@ from typing import Literal
 
 from scipy import stats
 
+from codistill.plots import half_interval
 from recipes.embedded.reproduce.settings import MARGINS
 from recipes.embedded.reproduce.trainings import Cell
 
@@ -112,7 +113,7 @@ def decide(part: Part, sums: Sequence[float]) -> Judgement:
     if len(sums) < 2 or not math.isfinite(centre):
         return Judgement(part, "undecided", len(sums), centre)
     error, freedom = stdev(sums) / math.sqrt(len(sums)), len(sums) - 1
-    half = float(stats.t.ppf(0.975, freedom)) * error
+    half = half_interval(sums)
     low, high, bound = centre - half, centre + half, part.bound
     over, under = (
         (lambda edge: _tail(centre - edge, error, freedom)),
@@ -133,13 +134,6 @@ def together(verdicts: Sequence[Verdict]) -> Verdict:
         if word in verdicts:
             return "undecided" if word == "not run" and set(verdicts) != {"not run"} else word
     return "holds"
-
-
-def interval(values: Sequence[float]) -> float:
-    """Half the 95 % interval of a mean; NaN for a single value."""
-    if len(values) < 2:
-        return math.nan
-    return float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
 
 
 def _difference(metric: str, one: Cell, other: Cell) -> tuple[Term, Term]:
