@@ -5,12 +5,13 @@ Promises: nothing but ``own`` receives a gradient; a peer whose logits are not f
 out of this call before D is taken, on the device, so that no NaN of a peer's reaches a loss or a gradient; our own
 non-finite logits come out as a non-finite loss, for the host to handle; no more than one extra tensor of the logits'
 size is held, in ``own``'s own precision, and none where a peer's logits may be overwritten; on an accelerator nothing
-waits for the device.
+waits for the device. On a GPU `codistill.fused` does the pass in one kernel where it can.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from codistill.config import LOSSES
 # Logits per chunk: small enough on a CPU for a chunk's few temporaries to stay in its caches, large enough elsewhere
 # for the launch of a kernel not to count.
 _CPU_ELEMENTS = 2**18
-_DEVICE_ELEMENTS = 2**22
+_DEVICE_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,15 @@ def _positions_per_chunk(own: Tensor) -> int:
     return max(1, elements // max(1, own.shape[-1]))
 
 
+def _kernel(own: Tensor, peers: Sequence[Tensor]) -> ModuleType | None:
+    """`codistill.fused`, where it can work on these logits; the compiler has kernels of its own."""
+    if not own.is_cuda or torch.compiler.is_compiling():
+        return None
+    from codistill import fused  # only now, as it imports Triton, which takes a second
+
+    return fused if fused.runs(own, peers) else None
+
+
 @dataclass(frozen=True)
 class _Work:
     """One call's peers and terms.
@@ -168,6 +178,37 @@ class _Work:
         # Kept by position and summed once, so that the result does not depend on the chunks.
         losses = own.new_zeros(own.shape[:-1], dtype=wide)
         agreed = own.new_zeros(own.shape[:-1], dtype=torch.float32)
+        if (kernel := _kernel(own, self.peers)) is not None:
+            self._by_kernel(kernel, own, losses, agreed, pulls)
+        else:
+            self._by_blocks(own, losses, agreed, pulls)
+        share = self.count.clamp(min=1)
+        return losses.sum() / share, agreed.sum() / share
+
+    def _by_kernel(self, kernel: ModuleType, own: Tensor, losses: Tensor, agreed: Tensor, pulls: Tensor | None) -> None:
+        if pulls is not None and not self.peers:
+            pulls.zero_()
+        peak = own.amax(-1)
+        # The peer whose place the pulls take is read before the others' pulls are added to them.
+        order = sorted(range(len(self.peers)), key=lambda index: self.peers[index] is not pulls)
+        for turn, index in enumerate(order):
+            kernel.add(
+                own,
+                peak,
+                self.peers[index],
+                self.peaks[index],
+                self.rows[index],
+                losses,
+                agreed,
+                pulls,
+                loss=self.loss,
+                temperature=self.temperature,
+                first=turn == 0,
+                room=1.0 if pulls is None else self.room(pulls),
+            )
+
+    def _by_blocks(self, own: Tensor, losses: Tensor, agreed: Tensor, pulls: Tensor | None) -> None:
+        wide = losses.dtype
         for block in _blocks(own.shape[:-1], self.chunk):
             mine = _Side(own[block], own[block].amax(-1), wide, self)
             pull = None
@@ -182,8 +223,6 @@ class _Work:
                     pull = step if pull is None else pull.add_(step)
             if pulls is not None:
                 self._store(pull, pulls[block])
-        share = self.count.clamp(min=1)
-        return losses.sum() / share, agreed.sum() / share
 
     def place(self, own: Tensor, overwrite: bool) -> Tensor:
         """Where the pulls go: over a peer's logits, where allowed and of own's kind. Blocks are read before that."""
