@@ -35,6 +35,7 @@ QUESTIONS = {
     "peers": "many_peers",
     "quality": "quality",
 }
+ON_A_GPU = ("update", "memory", "exchange", "growth")  # the others' trainings are on the CPU, whatever there is
 KEPT = Path(__file__).resolve().parents[1] / "docs" / "performance"
 
 
@@ -98,14 +99,17 @@ def main() -> int:
     if unknown:
         parser.error(f"{unknown[0]}: not one of {', '.join(QUESTIONS)}")
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU here; measure with --device cpu")
+        print("--device cuda: torch finds no GPU here; measuring on the CPU", file=sys.stderr)
+        args.device = "cpu"
+    if args.device == "cuda" and (elsewhere := [one for one in args.question if one not in ON_A_GPU]):
+        parser.error(f"{elsewhere[0]}: with --device cuda one of {', '.join(ON_A_GPU)}; the others train on the CPU")
     if args.check and args.out.resolve() == KEPT:
         parser.error(f"--out {args.out}: --check compares with what is kept there; name another folder")
     logging.disable(logging.INFO)  # fairseq has the root logger tell everything
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {record.machine(args.device)['cpu']}")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that all that is open is closed
     holds = True
-    for question in args.question or QUESTIONS:
+    for question in args.question or (QUESTIONS if args.device == "cpu" else ON_A_GPU):
         rows = ask(question, args.device, args.out)
         holds = (not args.check or check(question, args.device, rows)) and holds
     return 0 if holds else 1

@@ -8,6 +8,7 @@ draws the pictures anew.
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -72,13 +73,14 @@ def _table(rows: Sequence[record.Row]) -> Iterator[str]:
 def _goals() -> Iterator[str]:
     yield "| question | row | goal | measured | |"
     yield "|---|---|---|---:|---|"
-    for question in QUESTIONS:
-        path = record.path_of(KEPT, question, "cpu")
+    for question, device in itertools.product(QUESTIONS, DEVICES):
+        path = record.path_of(KEPT, question, device)
         for row in record.read(path) if path.exists() else ():
             if row.goal is not None:
                 distance = max(0.001, abs(row.ratio / row.goal - 1))
                 verdict = "met" if row.met else f"missed by {distance:.1%}"
-                yield f"| {question} | {row.name} | {row.wanted} | {record.number(row.ratio)} | {verdict} |"
+                where = "" if device == "cpu" else ", GPU"
+                yield f"| {question}{where} | {row.name} | {row.wanted} | {record.number(row.ratio)} | {verdict} |"
 
 
 def _bold(row: record.Row) -> str:

@@ -56,6 +56,10 @@ class Vision:
     def logits(self) -> tuple[int, ...]:
         return self.images, self.classes
 
+    def times(self, factor: int) -> Vision:
+        """The same with so many times the images."""
+        return dataclasses.replace(self, images=factor * self.images)
+
     def build(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         size = {"img_size": self.pixels} if self.model.startswith("vit") else {}
@@ -96,6 +100,10 @@ class Translation:
     @property
     def logits(self) -> tuple[int, ...]:
         return self.sentences, self.words, self.classes
+
+    def times(self, factor: int) -> Translation:
+        """The same with so many times the sentences."""
+        return dataclasses.replace(self, sentences=factor * self.sentences)
 
     def build(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)

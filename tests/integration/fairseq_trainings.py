@@ -51,7 +51,7 @@ TRANSFORMER_LM = (
 TRANSLATION = ("--task", "translation", "--source-lang", "src", "--target-lang", "tgt")
 LANGUAGE_MODELING = ("--task", "language_modeling", "--tokens-per-sample", "16")
 TRAINING = (
-    *("--cpu", "--num-workers", "0", "--optimizer", "adam", "--lr", "0.003", "--max-tokens", "300"),
+    *("--num-workers", "0", "--optimizer", "adam", "--lr", "0.003", "--max-tokens", "300"),
     *("--log-format", "json", "--log-interval", "1", "--no-epoch-checkpoints", "--label-smoothing", "0.1"),
     # Without it fairseq composes other batches when it resumes after the first epoch: no resume would give equal bits.
     *("--update-epoch-batch-itr", "True"),
@@ -297,6 +297,7 @@ class Trainings:
         data: Path | None = None,
         pause: float = 0.0,
         env: Mapping[str, str] | None = None,
+        gpu: bool = False,
     ) -> Training:
         """Start fairseq-train with `flags`, which may repeat and thereby override what is set here.
 
@@ -312,10 +313,12 @@ class Trainings:
             data: data folder, instead of the toy corpus for translation.
             pause: seconds that every batch takes longer.
             env: environment variables to set.
+            gpu: instead of the CPU.
         """
         common = [
             *("train", str(data or self.toy.translation), *TRAINING, *model, *task),
             *("--seed", str(seed), "--max-update", str(updates), "--save-dir", str(self.folder / name)),
+            *(() if gpu else ("--cpu",)),
             *map(str, flags),
         ]
         commands = [[*common, *self._place(rank, workers, ddp_backend)] for rank in range(workers)]

@@ -22,7 +22,9 @@ def generators():
         random.getstate(),
         [part.tolist() if hasattr(part, "tolist") else part for part in numpy.random.get_state()],
     )
-    return hashlib.sha256(repr(states).encode() + torch.get_rng_state().numpy().tobytes()).hexdigest()[:16]
+    engines = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
+    drawn = b"".join(state.numpy().tobytes() for state in engines)
+    return hashlib.sha256(repr(states).encode() + drawn).hexdigest()[:16]
 
 
 def record(path, pause):
@@ -70,6 +72,12 @@ def allow_ddp_on_cpu():
     distributed_fairseq_model.DistributedDataParallel = on_cpu
 
 
+def make_repeatable():
+    """The same bits of the same training on a GPU: no kernel adds in an order of its own."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 if __name__ == "__main__":
     sys.path.pop(0)  # this folder, which a console script would not have there
     command = sys.argv.pop(1)
@@ -79,4 +87,6 @@ if __name__ == "__main__":
         record(os.environ["FAIRSEQ_RECORD"], float(os.environ.get("FAIRSEQ_PAUSE", "0")))
     if "--cpu" in sys.argv:
         allow_ddp_on_cpu()
+    else:
+        make_repeatable()
     module.cli_main()

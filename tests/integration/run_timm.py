@@ -58,6 +58,8 @@ def work(worker):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), stream)
     os.environ.update(worker.env)
     torch.set_num_threads(1)
+    if "cuda" in worker.flags:
+        make_repeatable()
     if worker.sync_batchnorm:
         sync_batchnorm_on_cpu.enable()
     record(worker.record, worker.pause)
@@ -69,6 +71,13 @@ def work(worker):
         sys.argv = [worker.script, *worker.flags]
         sys.path.insert(0, os.path.dirname(worker.script))
         runpy.run_path(worker.script, run_name="__main__")
+
+
+def make_repeatable():
+    """The same bits of the same training on a GPU: no kernel adds in an order of its own."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.enabled = False  # train.py has it choose its algorithms by the clock
 
 
 def make_stock_work(sampler_seed):
@@ -101,7 +110,9 @@ def generators():
         random.getstate(),
         [part.tolist() if hasattr(part, "tolist") else part for part in numpy.random.get_state()],
     )
-    return hashlib.sha256(repr(states).encode() + torch.get_rng_state().numpy().tobytes()).hexdigest()[:16]
+    engines = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
+    drawn = b"".join(state.numpy().tobytes() for state in engines)
+    return hashlib.sha256(repr(states).encode() + drawn).hexdigest()[:16]
 
 
 def penalised(task):
@@ -112,7 +123,7 @@ def penalised(task):
 
 def digest(batch):
     """Of images and labels, to the last bit."""
-    return hashlib.sha256(b"".join(part.contiguous().numpy().tobytes() for part in batch)).hexdigest()[:16]
+    return hashlib.sha256(b"".join(part.cpu().contiguous().numpy().tobytes() for part in batch)).hexdigest()[:16]
 
 
 def position(task):

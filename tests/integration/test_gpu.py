@@ -1,0 +1,135 @@
+"""On a GPU, where there is one: weight 0 is nothing, mixed precision, and both exchanges; peers share the one GPU."""
+
+import functools
+import math
+import time
+
+import pytest
+import torch
+
+from codistill import CodistillConfig, Codistiller, fingerprint
+from codistill.config import LOSSES
+from codistill.losses import distill
+from tests.integration import timm_trainings
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+script, runs = timm_trainings.script, timm_trainings.runs
+
+SYNC = "--codistill-sync"
+PREDICTION = ("--codistill-exchange", "prediction")
+UNITS = 32
+
+
+def assert_learns(*peers):
+    """From the other, as long as it is there, and without trouble."""
+    for peer in peers:
+        assert peer.metrics()[-1]["incidents"] == 0, peer.errors()[-3000:]
+        learning = [line for line in peer.metrics() if line["peers"] == 1 and line["loss"]]
+        assert len(learning) >= 2, peer.errors()[-3000:]
+        assert all(line["received"] > 0 and math.isfinite(line["loss"]) for line in learning)
+
+
+def assert_same(found, wanted, *names):
+    assert len(wanted.records()) >= 20
+    assert found.records() == wanted.records()
+    for name in names:
+        torch.testing.assert_close(found.checkpoint()[name], wanted.checkpoint()[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("precision", [(), ("--fp16",), ("--amp",)], ids=["float32", "fp16", "amp"])
+def test_alpha_0_is_fairseqs_plain_training_to_the_last_bit(trainings, precision):
+    plain = trainings.stock("plain", *precision, gpu=True)
+    flags = (SYNC, *precision, "--codistill-alpha", "0")
+    off, other = (trainings.peer(number, *flags, gpu=True) for number in (0, 1))
+    for training in (plain, off, other):
+        training.wait()
+    assert off.metrics()[-1]["received"] > 0
+    assert_same(off, plain, "model", "last_optimizer_state")
+
+
+@pytest.mark.parametrize("precision", [(), ("--fp16",), ("--bf16",), ("--memory-efficient-fp16",), ("--amp",)])
+def test_fairseqs_peers_learn_from_each_other_in_every_precision(trainings, precision):
+    peers = [trainings.peer(number, SYNC, *precision, gpu=True) for number in (0, 1)]
+    for peer in peers:
+        peer.wait()
+    assert_learns(*peers)
+
+
+@pytest.mark.parametrize("precision", [(), ("--fp16",)], ids=["float32", "fp16"])
+def test_fairseqs_peers_swap_predictions(trainings, precision):
+    peers = [trainings.peer(number, *PREDICTION, *precision, gpu=True) for number in (0, 1)]
+    for peer in peers:
+        peer.wait()
+    assert_learns(*peers)
+
+
+ON_GPU = ("--device", "cuda")
+PRECISIONS = [(), ("--amp",), ("--amp", "--amp-dtype", "bfloat16", "--channels-last")]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_alpha_0_is_timms_plain_training_to_the_last_bit(runs, precision):
+    plain = runs.stock("plain", *ON_GPU, *precision)
+    flags = (*ON_GPU, *precision, SYNC, "--codistill-alpha", "0")
+    off, other = (runs.peer(number, *flags) for number in (0, 1))
+    for training in (plain, off, other):
+        training.wait()
+    assert off.metrics()[-1]["received"] > 0
+    assert_same(off, plain, "state_dict", "optimizer")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("exchange", [(SYNC,), PREDICTION], ids=["checkpoint", "prediction"])
+def test_timms_peers_learn_from_each_other_in_every_precision(runs, precision, exchange):
+    peers = [runs.peer(number, *ON_GPU, *precision, *exchange) for number in (0, 1)]
+    for peer in peers:
+        peer.wait()
+    assert_learns(*peers)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_penalty_and_its_gradient_are_those_of_the_cpu(loss, dtype):
+    generator = torch.Generator().manual_seed(0)
+    own, peer = (torch.randn(6, 5, 1000, generator=generator).to(dtype) for _ in range(2))
+    found = {}
+    for device in ("cpu", "cuda"):
+        logits = own.detach().to(device).clone().requires_grad_()
+        penalty = distill(logits, [peer.to(device)], loss=loss).loss
+        penalty.backward()
+        found[device] = penalty.detach().cpu().float(), logits.grad.cpu().float()
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found["cuda"], found["cpu"], rtol=tolerance, atol=tolerance)
+
+
+def test_an_exchange_leaves_the_gpus_generator_alone_and_the_peers_weights_arrive(tmp_path):
+    build = functools.partial(torch.nn.Linear, 8, UNITS)
+    models = [build().cuda() for _ in range(2)]
+    config = functools.partial(CodistillConfig, dir=str(tmp_path / "exchange"), interval=1)
+    codistillers = [
+        Codistiller(
+            config(peer=number),
+            model=model,
+            build_peer=lambda: build().cuda(),
+            fingerprint=fingerprint(UNITS),
+            save_dir=tmp_path / str(number),
+        )
+        for number, model in enumerate(models)
+    ]
+    before = torch.cuda.get_rng_state()
+    inputs = torch.ones(4, 8, device="cuda")
+    try:
+        update = 0
+        while not codistillers[0].active:
+            assert update < 200, codistillers[0].metrics()
+            for codistiller in codistillers:
+                codistiller.begin_update(update, epoch=1)
+            update += 1
+            time.sleep(0.1)
+        found = codistillers[0].penalty(models[0](inputs), lambda peer: peer(inputs), None, (inputs,))
+    finally:
+        for codistiller in codistillers:
+            codistiller.close()
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    wanted = distill(models[0](inputs), [models[1](inputs).detach()], loss="kl")
+    torch.testing.assert_close(found.loss, wanted.loss)
