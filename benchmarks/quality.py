@@ -46,10 +46,18 @@ CHOSEN: dict[str, dict[str, dict[str, Any]]] = {
         "post-local-sgd": {"lr": 0.1},
         "diloco": {"lr": 0.1},
         "checkpoint": {"lr": 0.03},
-        "prediction": {"lr": 0.1},
-        "alone": {"lr": 0.1},
+        "prediction": {"lr": 0.1, "options": {"alpha": 0.5}},
+        "alone": {"lr": 0.18},
     },
-    "translation": {method: {"lr": 3e-3, "dropout": 0.2} for method in METHODS},
+    "translation": {
+        "ddp": {"lr": 3e-3, "dropout": 0.2},
+        "powersgd": {"lr": 3e-3, "dropout": 0.2},
+        "post-local-sgd": {"lr": 3e-3, "dropout": 0.2, "options": {"period": 10}},
+        "diloco": {"lr": 1.5e-3, "dropout": 0.3},
+        "checkpoint": {"lr": 3e-3, "dropout": 0.1, "options": {"alpha": 0.5}},
+        "prediction": {"lr": 3e-3, "dropout": 0.1, "options": {"alpha": 0.5}},
+        "alone": {"lr": 3e-3, "dropout": 0.1},
+    },
 }
 
 

@@ -3,7 +3,7 @@
 Every method goes through the same number of trainings, over loopback, from seeds that the question does not use, judged
 at their end on data that it does not report: the task's learning rates (and dropouts), then two more values of the
 method's own knob, or two finer learning rates where it has none. `ddp-fp16` takes what is best for `ddp`, which differs
-in rounding alone. It needs no clock and may run beside other work.
+in rounding alone. It needs no clock, may run beside other work, and with `--jobs` runs many trainings side by side.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from statistics import mean
 from typing import Any
 
@@ -36,28 +38,31 @@ KNOBS = {
 FINER = (0.55, 1.8)
 
 
-def search(task: str, method: str) -> Iterator[tuple[Trial, float, bool]]:
-    """Each trial with its score, and whether it is the best so far."""
-    best = Trial(task, method, SEEDS[task][0], part=TUNING, **FIRST[task])
-    least = score(best)
-    yield best, least, True
-    for others in (_dropouts, _rates, _knobs):
-        for trial in others(best):
-            found = score(trial)
+def search(task: str, method: str, pool: Executor) -> Iterator[tuple[Trial, float, bool]]:
+    """Each trial with its score, and whether it is the best so far; those of a stage are trained side by side."""
+    best, least = Trial(task, method, SEEDS[task][0], part=TUNING, **FIRST[task]), math.inf
+    for others in (_itself, _dropouts, _rates, _knobs):
+        trials = others(best)
+        for trial, found in zip(trials, scores(trials, pool), strict=True):
             better = found < least
             if better:
                 best, least = trial, found
             yield trial, found, better
 
 
-def score(trial: Trial) -> float:
-    """Mean over seeds and models at the end of the training; infinite if that was not reached."""
-    try:
-        runs = [train(dataclasses.replace(trial, seed=seed)) for seed in SEEDS[trial.task]]
-    except ProcessFailed as error:
-        print(f"  {error}", flush=True)
-        return math.inf
-    return mean(model["quality"][-1] for run in runs for model in run["models"])
+def scores(trials: Sequence[Trial], pool: Executor) -> Iterator[float]:
+    """Mean over seeds and models at the end of each training; infinite if that was not reached."""
+    begun = [[pool.submit(train, dataclasses.replace(one, seed=seed)) for seed in SEEDS[one.task]] for one in trials]
+    for trainings in begun:
+        try:
+            yield mean(model["quality"][-1] for one in trainings for model in one.result()["models"])
+        except ProcessFailed as error:
+            print(f"  {error}", flush=True)
+            yield math.inf
+
+
+def _itself(best: Trial) -> list[Trial]:
+    return [best]
 
 
 def _dropouts(best: Trial) -> list[Trial]:
@@ -78,24 +83,31 @@ def _knobs(best: Trial) -> list[Trial]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality_search", description=__doc__)
     parser.add_argument("task", nargs="*", help=f"some of {', '.join(TASKS)}; all without it")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side, of two processes each (1)")
+    args = parser.parse_args()
     quiet()
     methods = [name for name in METHODS if name != "ddp-fp16" and (name != "diloco" or has_torchft())]
-    with exclusive(quality_tasks.DATA / "quality"):
-        for task in parser.parse_args().task or TASKS:
-            chosen = {method: report(task, method) for method in methods}
+    with (
+        exclusive(quality_tasks.DATA / "quality"),
+        ProcessPoolExecutor(args.jobs, get_context("spawn"), quiet) as pool,
+        ThreadPoolExecutor(min(args.jobs, len(methods))) as searching,
+    ):
+        for task in args.task or TASKS:
+            TASKS[task].prepare()
+            chosen = list(searching.map(lambda method, task=task: report(task, method, pool), methods))
             print(f"\n{task}, chosen:", flush=True)
-            for method, settings in chosen.items():
+            for method, settings in zip(methods, chosen, strict=True):
                 print(f'  "{method}": {settings},', flush=True)
 
 
-def report(task: str, method: str) -> dict[str, Any]:
-    """Show the trials of a method; the settings of the best."""
-    print(f"\n{task}, {method}: {TASKS[task].unit} at the end, seeds {SEEDS[task]}", flush=True)
+def report(task: str, method: str, pool: Executor) -> dict[str, Any]:
+    """Show the trials of a method, judged at the end; the settings of the best."""
     chosen: dict[str, Any] = {}
-    for trial, found, better in search(task, method):
+    for trial, found, better in search(task, method, pool):
         tuned = {"lr": trial.lr, "dropout": trial.dropout, **trial.options}
-        words = ", ".join(f"{name} {value:g}" for name, value in tuned.items())
-        print(f"  {words:<50} {found:7.3f}{'  best so far' if better else ''}", flush=True)
+        words = f"{task}, {method}, " + ", ".join(f"{name} {value:g}" for name, value in tuned.items())
+        mark = "best so far" if better else ""
+        print(f"  {words:<70} {found:7.3f} {TASKS[task].unit}  {mark}".rstrip(), flush=True)
         if better:
             chosen = {"lr": trial.lr, "dropout": trial.dropout, "options": dict(trial.options)}
     return chosen
