@@ -37,9 +37,9 @@ def runs(own: Tensor, peers: Sequence[Tensor]) -> bool:
 def _launches(device: torch.device) -> bool:
     """Triton needs a C compiler, and a GPU that it knows."""
     logits = torch.zeros(1, 2, device=device)
-    sums, peak = torch.zeros(2, 1, device=device), logits[:, 0]
+    peak, losses, agreed = torch.zeros(3, 1, device=device)
     try:
-        add(logits, peak, logits, peak, peak == 0, *sums, None, loss="kl", temperature=1.0)
+        add(logits, peak, logits, peak, peak == 0, losses, agreed, None, loss="kl", temperature=1.0)
     except Exception as error:  # whatever goes wrong there, torch's operators can do it
         logger.warning("the penalty is computed without its Triton kernel, more slowly: %s", error)
         return False
