@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint
 SAY := @printf 'env %s\n'
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint reproduce bench bench-check faults fuzz soak clean
+.PHONY: help env demo test lint docs reproduce bench bench-check faults fuzz soak clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -32,6 +32,9 @@ lint: env  ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(STAMPS)/docs  ## build the pages of docs/ as a site, into site/; a link that leads nowhere fails
+	$(BIN)/python -m mkdocs build --strict $(ARGS)
 
 reproduce: env  ## train every figure of the paper at embedded scale, hours; FIG=6 one of them, QUICK=1 a few updates of all
 	$(BIN)/python -m recipes.embedded.reproduce $(FIG:%=--figure %) $(if $(QUICK),--quick) $(ARGS)
@@ -52,7 +55,7 @@ soak: env  ## three peers, thousands of exchanges, random kills and faults (ARGS
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak $(ARGS)
 
 clean:  ## remove build artefacts and caches; the environment and data/ stay
-	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./.venv -prune -o -path ./data -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 # The pins need Python 3.11; fairseq's extensions are compiled here, so a compiler and Python's headers are looked for
@@ -86,6 +89,10 @@ $(STAMPS)/fairseq: constraints.txt $(STAMPS)/torch
 # Apart from the rest: the fuzzer has no builds for macOS, torchft none but for Linux on x86-64.
 $(STAMPS)/fuzz: $(STAMPS)/project
 	@$(PIP) atheris
+	@touch $@
+
+$(STAMPS)/docs: $(STAMPS)/project
+	@$(PIP) --no-build-isolation --editable '.[docs]'
 	@touch $@
 
 $(STAMPS)/bench: $(STAMPS)/project

@@ -25,6 +25,7 @@ EXTRAS = {
     ],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+EXTRAS["docs"] = ["mkdocs-material", "mkdocstrings[python]"]  # apart: nothing that runs or is tested needs it
 
 CONSOLE_SCRIPTS = [
     "codistill = codistill.cli:main",

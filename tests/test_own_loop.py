@@ -1,4 +1,4 @@
-"""The loop in README.md, taken from there: two real processes of it exchange, and learn from each other."""
+"""The loop in docs/own-loop.md, taken from there: two real processes of it exchange, and learn from each other."""
 
 import json
 import os
@@ -24,15 +24,14 @@ print(sorted({"fairseq", "timm"} & sys.modules.keys()))
 
 
 def loop() -> str:
-    """The complete loop of the section "Your own loop"."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Your own loop\n")[1]
-    blocks = re.findall(r"```python\n(.*?)```", section.split("\n## ")[0], re.DOTALL)
+    """The complete one, the page's only block of Python."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own-loop.md").read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) == 1
     return blocks[0]
 
 
 @pytest.mark.timeout(180)
-def test_the_loop_in_the_readme_codistils_with_a_second_one_without_fairseq_or_timm(tmp_path: Path) -> None:
+def test_the_loop_in_the_docs_codistils_with_a_second_one_without_fairseq_or_timm(tmp_path: Path) -> None:
     (tmp_path / "loop.py").write_text(loop(), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     processes = [

@@ -91,11 +91,12 @@ def test_a_plain_install_asks_for_no_host_framework(metadata):
 
 def test_each_extra_asks_for_its_framework_and_all_for_everything(metadata):
     extras = set(metadata.get_all("Provides-Extra"))
-    assert extras == {"fairseq", "timm", "plot", "dev", "all"}
+    assert extras == {"fairseq", "timm", "plot", "docs", "dev", "all"}
     assert requirements(metadata, "fairseq") == {"fairseq-fixed", "sentencepiece", "sacrebleu"}
     assert requirements(metadata, "timm") == {"timm", "torchvision"}
     assert requirements(metadata, "plot") == {"matplotlib"}
-    assert requirements(metadata, "all") == set().union(*(requirements(metadata, extra) for extra in extras - {"all"}))
+    parts = extras - {"all", "docs"}
+    assert requirements(metadata, "all") == set().union(*(requirements(metadata, extra) for extra in parts))
 
 
 def test_every_requirement_is_pinned_in_the_constraints_and_satisfied_by_its_pin(metadata):

@@ -29,7 +29,7 @@ weight_decays=(1e-4 1e-5 0)         # The first: Goyal. decreasing: the others f
 # Codistillation.
 setting interval 2500 whole         # updates between snapshots; no burn-in. Paper.
 setting loss mse "mse kl ce" codistill # Not certain: the paper names the squared error of logits as an option. It
-                                    # has no bound: too high a weight or learning rate diverges (docs/guide.md).
+                                    # has no bound: too high a weight or learning rate diverges (docs/choosing.md).
 setting alpha 1 number codistill    # Not known.
 
 resnext=resnext101_32x4d            # Not known which ResNeXt-101.

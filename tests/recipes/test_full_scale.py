@@ -4,10 +4,8 @@ Every command that `DRY_RUN=1` prints is parsed by torchrun's, fairseq's and tra
 train.py by our stand-in's with the flags it lacks, and with `TIMM_TRAIN_SCRIPT` by upstream's. One small training runs.
 """
 
-import argparse
 import contextlib
 import functools
-import importlib.util
 import math
 import os
 import re
@@ -20,19 +18,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import yaml
-from fairseq import options
 from fairseq.data import Dictionary
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-import fairseq_codistill  # noqa: F401  (importing registers the criterion)
-from codistill import CodistillConfig
 from codistill.curves import read
-from fairseq_codistill.options import codistill_config as fairseq_config
-from fairseq_codistill.options import label_smoothing_schedule
-from tests.integration.timm_trainings import STAND_IN, UPSTREAM
-from timm_codistill.options import add_arguments, data_config, refuse_host_options
-from timm_codistill.options import codistill_config as timm_config
+from tests.command_lines import fairseq_arguments, stand_in, timm_arguments, train_script
+from tests.integration.timm_trainings import UPSTREAM
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
@@ -41,14 +32,6 @@ WMT16 = [*sorted((RECIPES / "wmt16").glob("figure-*.sh")), RECIPES / "wmt16" / "
 SAME = {8: 2, 9: 2, 10: 2, 11: 4, 14: 5, 15: 7}  # figures that show other curves of the runs of these
 IMAGES = 1_281_167
 WORKERS = 16
-LACKING = {  # flags that our stand-in for train.py has not
-    "--lr-base": float,
-    "--lr-base-size": int,
-    "--lr-base-scale": str,
-    "--crop-pct": float,
-    "--interpolation": str,
-    "--train-interpolation": str,
-}
 SECONDS = 200.0
 
 
@@ -90,37 +73,14 @@ def unpacked(command):
     return nodes * int(launched.nproc_per_node), launched.training_script, launched.training_script_args
 
 
-def train_script(path):
-    """A train.py as a module; its parser is left as it is."""
-    spec = importlib.util.spec_from_file_location("train_of_the_recipes", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def parsed_by_timm(module, command):
-    """What train.py makes of a command, as `timm-codistill` starts it; our flags are judged as it judges them."""
+    """What train.py makes of a command, as `timm-codistill` starts it."""
     workers, program, flags = unpacked(command)
     assert program == ("timm_codistill" if workers > 1 else "timm-codistill")
     assert flags[0] == NEEDS["TIMM_TRAIN_SCRIPT"]
-    parser = argparse.ArgumentParser(parents=[module.parser], conflict_handler="resolve", allow_abbrev=False)
-    add_arguments(parser)
-    if module.__file__ == STAND_IN:
-        for flag, kind in LACKING.items():
-            parser.add_argument(flag, type=kind)
-    config, rest = module.config_parser.parse_known_args(flags[1:])
-    if config.config:
-        parser.set_defaults(**yaml.safe_load(Path(config.config).read_text(encoding="utf-8")))
-    args = parser.parse_args(rest)
-    refuse_host_options(args, timm_config(args))
-    data_config(args)
+    args = timm_arguments(module, flags[1:])
     args.world = workers
     return args
-
-
-@functools.cache
-def stand_in():
-    return train_script(STAND_IN)
 
 
 def vision(number, **variables):
@@ -132,9 +92,7 @@ def vision(number, **variables):
 def parsed_by_fairseq(command):
     workers, program, flags = unpacked(command)
     assert program == ("fairseq_cli.train" if workers > 1 else "fairseq-train")
-    args = options.parse_args_and_arch(options.get_training_parser(), flags)
-    assert isinstance(fairseq_config(args), CodistillConfig)
-    label_smoothing_schedule(args)
+    args = fairseq_arguments(flags)
     args.world = workers
     return args
 
