@@ -39,6 +39,7 @@ MBIT = 100.0
 SEEDS = (1, 2, 3, 4, 5)
 WAY = 0.98
 # Found by `python -m benchmarks.quality_search`; `ddp-fp16` has those of `ddp`.
+# Not searched to the end: translation with powersgd (not at all) and with diloco (its outer learning rate).
 CHOSEN: dict[str, dict[str, dict[str, Any]]] = {
     "digits": {
         "ddp": {"lr": 0.3},

@@ -69,6 +69,26 @@ def test_a_check_fails_where_a_ratio_is_worse_than_tolerated(
     assert bench.main() == status
 
 
+def test_without_a_gpu_it_says_so_and_measures_on_the_cpu(
+    question: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench", "tiny", "--device", "cuda", "--out", str(tmp_path)])
+    assert bench.main() == 0
+    assert "no GPU here" in capsys.readouterr().err
+    assert path_of(tmp_path, "tiny", "cpu").exists()
+
+
+def test_with_a_gpu_a_question_that_trains_on_the_cpu_is_refused(
+    question: types.ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["bench", "tiny", "--device", "cuda"])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert "tiny: with --device cuda one of update, memory" in capsys.readouterr().err
+
+
 def test_a_question_that_is_ended_by_sigterm_leaves_no_files() -> None:
     with subprocess.Popen([sys.executable, "-c", ENDLESS], stdout=subprocess.PIPE, text=True) as asking:
         try:
