@@ -304,8 +304,7 @@ class TestFolder:
         store.rename(tmp_path / "moved")
         until(lambda: _made_a_file(store))
         pair.survives()
-        store.unlink()
-        (tmp_path / "moved").rename(store)
+        until(lambda: _took_its_place(tmp_path / "moved", store))
         pair.resumes()
 
     def test_a_folder_that_was_removed_is_made_again(self, peers, tmp_path):
@@ -360,6 +359,14 @@ def _made_a_file(path: Path) -> bool:
     with suppress(FileExistsError):
         path.touch(exist_ok=False)
     return path.is_file()
+
+
+def _took_its_place(folder: Path, path: Path) -> bool:
+    """Put a folder where a file was, unless a peer makes a folder there in between."""
+    path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        folder.rename(path)
+    return not folder.exists()
 
 
 def _removed(client: Any, bucket: str) -> bool:
