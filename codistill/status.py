@@ -29,6 +29,7 @@ from codistill.exchange.errors import ExchangeError, Refused
 from codistill.exchange.membership import HEARTBEAT_SECONDS
 from codistill.exchange.signing import KEY, signing_key
 from codistill.survey import PATIENCE, Seen, Sight, Survey
+from codistill.text import printable
 
 INTERVAL = HEARTBEAT_SECONDS
 COLOURS = {"alive": "green", "finished": "cyan", "late": "yellow", "missing": "yellow", "refused": "red"}
@@ -239,15 +240,10 @@ def to_text(report: Report) -> str:
     return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
 
 
-def shown(text: str) -> str:
-    """`text` with a question mark for every character that could command a terminal, or is none."""
-    return "".join(character if character.isprintable() else "?" for character in text)
-
-
 def _page(report: Report, width: Optional[int] = None) -> Any:
     """What a person sees; on a terminal of `width` columns without what has no room, and the reasons on their own."""
     if report.error is not None:
-        return Text(shown(report.error))
+        return Text(printable(report.error))
     names = [name for name in COLUMNS if any(_cell(name, getattr(row, name)) for row in report.peers)]
     table, reasons = _table(report, names), []
     if width is not None:
@@ -257,7 +253,7 @@ def _page(report: Report, width: Optional[int] = None) -> Any:
             table = _table(report, names)
             if Console(width=10_000).measure(table).minimum <= width:
                 break
-        reasons = [Text(shown(f"peer {row.peer} is {row.state}: {row.why}")) for row in report.peers if row.why]
+        reasons = [Text(printable(f"peer {row.peer} is {row.state}: {row.why}")) for row in report.peers if row.why]
     return Group(Text(_title(report)), Text(), table, Text(), Text(_summary(report)), *reasons)
 
 
@@ -268,7 +264,7 @@ def _title(report: Report) -> str:
     if KEY in terms or report.verified:
         signed = ", signatures checked" if report.verified else f", signatures not checked ({KEY} is not set)"
     size = len(report.peers)
-    return shown(
+    return printable(
         f"run {report.run} in {report.place}: {size} peer{'s' * (size != 1)}, {every}{terms.get('dtype')}{signed}"
     )
 
@@ -299,8 +295,8 @@ def _cell(name: str, value: Any) -> str:
         return decimal(value)
     if name == "metrics":
         names = [key for key in _FIRST if key in value] + sorted(value.keys() - {*_FIRST, "staleness"})
-        return " ".join(f"{shown(key)}={_number(value[key])}" for key in names[:_METRICS])
-    return _number(value) if isinstance(value, float) else shown(str(value))
+        return " ".join(f"{printable(key)}={_number(value[key])}" for key in names[:_METRICS])
+    return _number(value) if isinstance(value, float) else printable(str(value))
 
 
 def _number(value: float) -> str:
@@ -331,7 +327,7 @@ def _display(as_json: bool, watch: bool) -> Iterator[Callable[[Report], None]]:
 
 def _print(report: Report) -> None:
     if report.error is not None:
-        print(f"codistill: {shown(report.error)}", file=sys.stderr, flush=True)
+        print(f"codistill: {printable(report.error)}", file=sys.stderr, flush=True)
     elif sys.stdout.isatty():
         console = Console()
         console.print(_page(report, console.width))

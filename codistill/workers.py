@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from codistill.config import ConfigError
+from codistill.text import first_line
 
 
 class WorkersLost(RuntimeError):
@@ -101,7 +102,7 @@ class Workers:
         try:
             collective()
         except RuntimeError as error:
-            raise WorkersLost(f"the workers of this peer could not meet: {error}".splitlines()[0]) from error
+            raise WorkersLost(f"the workers of this peer could not meet: {first_line(error)}") from error
 
     def _first_on_this_machine(self) -> int:
         if self._group is None:

@@ -94,9 +94,6 @@ class FailingObjects(Objects):
     def sweep(self, *args: Any) -> Any:
         return self._pass("sweep", *args)
 
-    def close(self) -> None:
-        self.inner.close()
-
 
 Honest = Callable[[], Response]  # asks moto
 
@@ -299,24 +296,18 @@ def s3_url(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture
-def folder_objects(tmp_path: Path) -> Iterator[Objects]:
-    objects = Objects(str(tmp_path / "store"))
-    yield objects
-    objects.close()
+def folder_objects(tmp_path: Path) -> Objects:
+    return Objects(str(tmp_path / "store"))
 
 
 @pytest.fixture
-def memory_objects() -> Iterator[Objects]:
-    objects = Objects.over(MemoryStore())
-    yield objects
-    objects.close()
+def memory_objects() -> Objects:
+    return Objects.over(MemoryStore())
 
 
 @pytest.fixture
-def s3_objects(s3_url: str) -> Iterator[Objects]:
-    objects = Objects(s3_url, timeout=10)
-    yield objects
-    objects.close()
+def s3_objects(s3_url: str) -> Objects:
+    return Objects(s3_url, timeout=10)
 
 
 @pytest.fixture

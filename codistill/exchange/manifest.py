@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Optional, Protocol
 
+from codistill.config import RUN_ID, WIRE_DTYPES
 from codistill.exchange import strict_json
 from codistill.exchange.errors import Refused
 from codistill.exchange.signing import sign, signed_by
@@ -24,8 +25,6 @@ LATEST_BYTES = 512 * 1024
 ARCHITECTURE_BYTES = 16 * 1024
 MOST = 2**62  # for a count: who counts on from it stays within 64 bits
 RETAINED = 4096  # most references in one latest.json
-DTYPES = ("float32", "bfloat16", "float16")
-RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 _Data = bytes  # by its other name where a field is called bytes
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -57,7 +56,7 @@ class Manifest:
         payload: Object name UPDATE-NONCE.safetensors inside the incarnation's folder.
         bytes: Size of the payload.
         sha256: Digest of the payload, hex.
-        dtype: Wire dtype of the floating tensors, one of `DTYPES`.
+        dtype: Wire dtype of the floating tensors, one of `codistill.config.WIRE_DTYPES`.
         fingerprint: Digest of the output space (dictionary or class list), hex.
         init_hash: Digest of the weights that the peer started from, hex.
         metrics: Finite numbers to show, by name.
@@ -133,7 +132,7 @@ class Manifest:
             payload=take.payload("payload", update),
             bytes=take.count("bytes"),
             sha256=take.text("sha256", _HEX),
-            dtype=take.choice("dtype", DTYPES),
+            dtype=take.choice("dtype", WIRE_DTYPES),
             fingerprint=take.text("fingerprint", _HEX),
             init_hash=take.text("init_hash", _HEX),
             metrics=take.metrics("metrics"),

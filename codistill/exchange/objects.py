@@ -26,11 +26,11 @@ import obstore
 from obstore.exceptions import AlreadyExistsError
 from obstore.store import LocalStore, MemoryStore, from_url
 
+from codistill.config import SCHEMES
 from codistill.exchange.errors import ExchangeError, Refused, StorageError
 
 logger = logging.getLogger("codistill")
 
-SCHEMES = ("file", "s3", "gs", "az")
 CHUNK = 16 * 1024 * 1024  # one request's worth: each gets its own timeout, so no object is too large for a slow line
 _ENVIRONMENT = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
 _SWITCHES = ("allow_http", "allow_invalid_certificates")
@@ -58,8 +58,8 @@ class Objects:
     """Objects under one URL, by keys relative to it.
 
     Args:
-        url: A folder, or a URL of one of `SCHEMES`; a local folder is made when missing. Buckets take their options
-            from the usual environment (AWS_ENDPOINT_URL, AWS_REGION, AWS_ALLOW_HTTP, ...).
+        url: A folder, or a URL of one of `codistill.config.SCHEMES`; a local folder is made when missing. Buckets take
+            their options from the usual environment (AWS_ENDPOINT_URL, AWS_REGION, AWS_ALLOW_HTTP, ...).
         timeout: Seconds that one request may take, with all its retries.
 
     Raises:
@@ -209,10 +209,6 @@ class Objects:
                     self.delete([key])
                     deleted += 1
         return deleted
-
-    def close(self) -> None:
-        """Let the store go; every later call is a StorageError."""
-        self._store = self._root = None
 
     def _create(self, key: str, data: Any) -> bool:
         with self._failing("writing", key, absent=True):

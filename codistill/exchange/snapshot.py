@@ -18,14 +18,11 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from codistill import config
 from codistill.exchange import strict_json
 from codistill.exchange.errors import Refused
 
-WIRE_DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+WIRE_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in config.WIRE_DTYPES}
 HEADER_BYTES = 16 * 1024 * 1024  # cap on the JSON header of any model
 METADATA_BYTES = 64 * 1024  # what a header may have beyond twice our own: `__metadata__`, and another writer's spelling
 METADATA_VALUES = 1024

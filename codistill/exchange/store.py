@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
+from codistill.config import RUN_ID
 from codistill.exchange import strict_json
 from codistill.exchange.errors import Refused, StorageError
 from codistill.exchange.manifest import (
@@ -22,13 +23,13 @@ from codistill.exchange.manifest import (
     LATEST_BYTES,
     MANIFEST_BYTES,
     MOST,
-    RUN_ID,
     Latest,
     Manifest,
     Reference,
     same_place,
 )
 from codistill.exchange.objects import Objects
+from codistill.text import printable
 
 
 class RunStore:
@@ -36,7 +37,7 @@ class RunStore:
 
     Args:
         objects: Where they are kept.
-        run: Run identifier: letters, digits, `.`, `_`, `-`, at most 128, not starting with `.` or `-`.
+        run: Run identifier: letters, digits, `.`, `_`, `-`, at most 128, the first a letter or digit.
         key: What manifests are signed with. With one, a manifest without its signature is not read: Refused
             ("signature") comes from `latest` and `manifest`.
 
@@ -238,4 +239,4 @@ def compare_terms(run: str, theirs: Mapping[str, Any], mine: Mapping[str, Any]) 
             if isinstance(theirs.get(name), str) and isinstance(mine.get(name), str):
                 there, here = there[1:-1], here[1:-1]  # two texts differ without their quotes
             message = f"run {run} was started with {name:.60}={there:.120}, not {here:.120}"
-            raise Refused("terms", "".join(letter if letter.isprintable() else "?" for letter in message))
+            raise Refused("terms", printable(message))

@@ -27,7 +27,7 @@ from codistill.exchange import strict_json
 from codistill.exchange.manifest import LATEST_BYTES, Reference
 from codistill.exchange.objects import Objects
 from codistill.exchange.store import RunStore
-from codistill.status import Report, Row, look, shown, to_json, to_text
+from codistill.status import Report, Row, look, to_json, to_text
 from codistill.survey import Survey
 from tests.fixtures_peers import (
     FINGERPRINT,
@@ -674,12 +674,6 @@ class TestOutput:
             "architecture": None,
             "metrics": None,
         }
-
-    @pytest.mark.parametrize(
-        ("text", "expected"), [("plain ü", "plain ü"), ("a\x1b[0m\tb\x7f\x9b", "a?[0m?b??"), ("\ud800\u202e", "??")]
-    )
-    def test_what_cannot_be_printed_is_a_question_mark(self, text, expected):
-        assert shown(text) == expected
 
 
 class TestCommand:

@@ -742,7 +742,6 @@ def test_whatever_is_read_costs_a_bounded_amount_of_memory(tmp_path):
     os.truncate(publish("sparse-payload", bytes=HUGE), HUGE)
     os.truncate(publish("sparse-behind-a-true-manifest"), HUGE)
     os.truncate(publish("sparse-latest").parents[1] / "latest.json", HUGE)
-    objects.close()
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "store"), str(tmp_path / "machine"), *runs]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     measured = {run: (growth, causes) for run, growth, *causes in map(json.loads, ended.stdout.splitlines())}

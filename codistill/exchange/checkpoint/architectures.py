@@ -25,6 +25,7 @@ from codistill.exchange.checkpoint.lean import lean
 from codistill.exchange.errors import Refused
 from codistill.exchange.snapshot import Template
 from codistill.random_state import untouched_generators
+from codistill.text import first_line, printable
 
 TIMES_OURS = 32  # most values in a peer's model, in those of ours
 MODULES = 100_000  # most modules in it
@@ -122,10 +123,9 @@ class Architectures:
             yield
         except Exception as error:
             name = str(architecture.get("name"))
-            why = f"{type(error).__name__}: {error}".splitlines()[0]
-            message = f"its model {name:.60} cannot be built here: {why:.200}"
-            printable = "".join(letter if letter.isprintable() else "?" for letter in message)
-            raise Refused("architecture", printable) from error
+            why = f"{type(error).__name__}: {first_line(error)}"
+            message = f"its model {name:.60} cannot be built here: {why}"
+            raise Refused("architecture", printable(message)) from error
 
 
 def _text(architecture: Optional[Architecture]) -> str:

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Optional
 
+from codistill.config import RUN_ID
 from codistill.exchange import strict_json
 from codistill.exchange.errors import Refused
-from codistill.exchange.manifest import FORMAT, RUN_ID, Taker, same_place
+from codistill.exchange.manifest import FORMAT, Taker, same_place
 from codistill.exchange.protocol import Position
 
 POST_BYTES = 32 * 1024

@@ -374,12 +374,6 @@ class TestSweep:
     def test_nothing_below_the_folder_is_fine(self, objects):
         assert objects.sweep("run/1", set()) == 0
 
-    def test_a_closed_store_is_not_swept(self, objects):
-        objects.put("run/1/a", b"data")
-        objects.close()
-        with pytest.raises(StorageError):
-            objects.sweep("run/1", set())
-
     def test_unfinished_files_go_and_odd_things_stay(self, folder_objects, tmp_path):
         folder = tmp_path / "store" / "run" / "1"
         folder_objects.put("run/1/kept", b"data")
