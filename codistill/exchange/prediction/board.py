@@ -32,6 +32,7 @@ from codistill.exchange.signing import KEY, signing_key
 from codistill.exchange.store import RunStore, compare_terms
 from codistill.meters import Incidents, logger
 
+from codistill.text import first_line
 HOST = 0  # the peer that holds the TCPStore
 CONNECT_SECONDS = 5.0  # for one attempt to reach a TCPStore
 STORE_SECONDS = 10.0  # for one request to the store, with all its retries
@@ -313,8 +314,3 @@ def own_address() -> str:
         return str(socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError:
         return "127.0.0.1"
-
-
-def first_line(error: BaseException) -> str:
-    """The start of an error's text."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

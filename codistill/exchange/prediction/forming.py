@@ -15,10 +15,10 @@ from typing import Optional
 
 import torch.distributed as dist
 
-from codistill.exchange.errors import StorageError
-from codistill.exchange.prediction.board import CONNECT_SECONDS, first_line, reach
-from codistill.exchange.prediction.group import Group, GroupLost
+from codistill.exchange.prediction.board import CONNECT_SECONDS, reach
+from codistill.exchange.prediction.group import Group
 from codistill.exchange.prediction.posts import Proposal
+from codistill.text import first_line
 
 LOOK_SECONDS = 0.05  # between two looks whether all members are there
 JOIN_SECONDS = 15.0  # for connecting once all are there
@@ -90,7 +90,7 @@ class Forming:
     def _run(self) -> None:
         try:
             group = self._connect()
-        except (GroupLost, StorageError, RuntimeError, OSError) as error:
+        except Exception as error:  # a host name that is none, say
             self.why = first_line(error)
             group = None
         with self._lock:

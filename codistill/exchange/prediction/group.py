@@ -23,6 +23,7 @@ from torch import Tensor
 from codistill.exchange.errors import ExchangeError
 from codistill.exchange.prediction.forks import kept_from_children
 from codistill.exchange.snapshot import WIRE_DTYPES
+from codistill.text import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +188,7 @@ class Group:
             with kept_from_children():
                 self._group = dist.ProcessGroupGloo(store, rank, len(self._ranks) + 1, _remaining(deadline))
         except RuntimeError as error:
-            return str(error).splitlines()[0]
+            return first_line(error)
         return None
 
     def _meet(self, header: Header, deadline: float) -> dict[int, Header]:

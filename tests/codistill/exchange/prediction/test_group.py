@@ -90,6 +90,16 @@ def exchange(groups: Sequence[Group], payloads: Sequence[Tensor], headers: Seque
     ])  # fmt: skip
 
 
+def test_a_failure_without_a_word_is_told_by_its_type() -> None:
+    class Broken:
+        def set(self, key: str, value: str) -> None:
+            raise RuntimeError
+
+    with pytest.raises(GroupLost) as lost:
+        Group(Broken(), [7, 8], 7, 1, 1)
+    assert str(lost.value) == "the group of peers 7, 8 could not form: RuntimeError"
+
+
 def test_members_with_any_numbers_get_each_others_payloads(server: dist.TCPStore) -> None:
     groups = form(server, (4, 1, 7))
     sent = {peer: payload(peer, 1000) for peer in (4, 1, 7)}

@@ -473,6 +473,13 @@ def test_two_that_come_are_connected_and_whoever_is_not_taken_is_closed(monkeypa
     group = both[0].take()
     both[1].abandon()
     assert both[1].state is State.FAILED
+def test_a_host_whose_name_is_none_makes_the_group_fail():
+    lost = Forming(dataclasses.replace(PROPOSAL, members=(0, 1), host="a..b"), 0, 0)
+    lost.wait(10)
+    assert lost.state is State.FAILED
+    assert lost.why
+
+
     group.close()
 
 
