@@ -20,7 +20,8 @@ from codistill.exchange.protocol import Position
 
 POST_BYTES = 32 * 1024
 TERMS_BYTES = 8 * 1024
-FAR = 2**40  # what is counted on from numbers up to this one still fits a proposal
+FAR = 2**40  # no position, pace or generation in a post may be larger
+COUNTED = FAR // 2  # no larger generation of somebody else's is counted on from: what comes of it must fit a post, too
 STATES = ("away", "ready", "gone")
 
 _HEX = re.compile(r"[0-9a-f]{64}")

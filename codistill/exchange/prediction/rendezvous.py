@@ -21,7 +21,7 @@ import torch.distributed as dist
 from codistill.config import ConfigError
 from codistill.exchange.errors import Refused, StorageError
 from codistill.exchange.prediction.board import HOST, Board, own_address, serve
-from codistill.exchange.prediction.posts import Post, Proposal, plain_terms
+from codistill.exchange.prediction.posts import COUNTED, Post, Proposal, plain_terms
 from codistill.exchange.protocol import Position
 from codistill.exchange.store import compare_terms
 from codistill.meters import Incidents, logger
@@ -287,7 +287,7 @@ class Rendezvous:
         lead = max(LEAD_UPDATES * step, math.ceil(LEAD_SECONDS * pace))
         batch = -(-(front.batch + lead) // step) * step
         return Proposal(
-            generation=1 + max([standing.generation, *generations]),
+            generation=1 + max([standing.generation, *(number for number in generations if number <= COUNTED)]),
             members=tuple(sorted([self._peer, *ready])),
             host=self._host,
             port=self._server.port,

@@ -16,7 +16,7 @@ from codistill.exchange.membership import Identity, Membership
 from codistill.exchange.prediction import board, forming, rendezvous
 from codistill.exchange.prediction.board import StoreBoard, TcpBoard, own_address
 from codistill.exchange.prediction.forming import Forming, Patience, State
-from codistill.exchange.prediction.posts import Post, Proposal, from_words, to_words
+from codistill.exchange.prediction.posts import FAR, Post, Proposal, from_words, to_words
 from codistill.exchange.prediction.rendezvous import Rendezvous, Standing
 from codistill.exchange.protocol import Position
 from codistill.exchange.store import RunStore
@@ -328,6 +328,17 @@ def test_a_newcomer_gets_a_group_of_all_with_a_larger_generation(jobs):
     assert not any(job.offered() for job in (first, second, third))
 
 
+def test_a_generation_that_nobody_can_have_reached_is_not_counted_on_from(jobs, memory_objects):
+    stranger = dataclasses.replace(POST, peer=2, state="away", generation=FAR, proposal=None)
+    RunStore(memory_objects, RUN).put_meeting(2, stranger.to_json())
+    first, second = jobs(0), jobs(1)
+    first.say()
+    second.say()
+    offer = until(first.offered)
+    assert until(second.offered) == offer
+    assert offer.generation == 1
+
+
 def test_nobody_is_asked_who_is_not_ready(jobs):
     first, second, third = (jobs(peer) for peer in range(3))
     first.say()
@@ -462,6 +473,13 @@ def test_a_group_that_nobody_else_comes_to_can_be_abandoned_at_any_time(monkeypa
     assert "nobody answers at 127.0.0.1:1" in lonely.why
 
 
+def test_a_host_whose_name_is_none_makes_the_group_fail():
+    lost = Forming(dataclasses.replace(PROPOSAL, members=(0, 1), host="a..b"), 0, 0)
+    lost.wait(10)
+    assert lost.state is State.FAILED
+    assert lost.why
+
+
 def test_two_that_come_are_connected_and_whoever_is_not_taken_is_closed(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     server = board.serve()
@@ -473,13 +491,6 @@ def test_two_that_come_are_connected_and_whoever_is_not_taken_is_closed(monkeypa
     group = both[0].take()
     both[1].abandon()
     assert both[1].state is State.FAILED
-def test_a_host_whose_name_is_none_makes_the_group_fail():
-    lost = Forming(dataclasses.replace(PROPOSAL, members=(0, 1), host="a..b"), 0, 0)
-    lost.wait(10)
-    assert lost.state is State.FAILED
-    assert lost.why
-
-
     group.close()
 
 
