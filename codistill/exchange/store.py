@@ -2,7 +2,7 @@
 
 Everything but `latest.json` and `meeting.json` is written once and never again under that name; a payload stands before
 its manifest, and both before the `latest.json` that names them, so that whoever reads a name finds what it promises or,
-after pruning, nothing. No operation lists. What is read is verified down to the payload's digest; what it means is for
+after pruning, nothing. Only `sweep` lists. What is read is verified down to the payload's digest; what it means is for
 the caller. Failures are `StorageError`, contents that are not acceptable are `Refused`.
 """
 

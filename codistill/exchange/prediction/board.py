@@ -1,8 +1,9 @@
 """Where the jobs of a run that exchanges predictions find each other: each posts one document and reads the others'.
 
 The board is the run's store, or a TCPStore that peer 0 hosts. Documents come from strangers and are judged by whoever
-reads them. What fails is a `StorageError` and may work later: a connection that broke is made again at the next call.
-A board is for one background thread; of all this only `start` may make training wait, and not for long.
+reads them; the store's are read up to a limit, a TCPStore's whole, since it does not tell how long one is. What fails
+is a `StorageError` and may work later: a connection that broke is made again at the next call. A board is for one
+background thread; of all this only `start` may make training wait, and not for long.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from codistill.exchange.publisher import Publisher
 from codistill.exchange.signing import KEY, signing_key
 from codistill.exchange.store import RunStore, compare_terms
 from codistill.meters import Incidents, logger
-
 from codistill.text import first_line
+
 HOST = 0  # the peer that holds the TCPStore
 CONNECT_SECONDS = 5.0  # for one attempt to reach a TCPStore
 STORE_SECONDS = 10.0  # for one request to the store, with all its retries
