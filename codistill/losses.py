@@ -1,11 +1,11 @@
 """The distance D between our logits and our peers', with its gradient, in one pass.
 
 Owns the numbers of the penalty: kl, mse or ce, temperature, masks, the mean over peers, agreement.
-Promises: nothing but ``own`` receives a gradient; a peer whose logits are not finite at a counted position is left
-out of this call before D is taken, on the device, so that no NaN of a peer's reaches a loss or a gradient; our own
-non-finite logits come out as a non-finite loss, for the host to handle; no more than one extra tensor of the logits'
-size is held, in ``own``'s own precision, and none where a peer's logits may be overwritten; on an accelerator nothing
-waits for the device. On a GPU `codistill.fused` does the pass in one kernel where it can.
+Promises: nothing but ``own`` receives a gradient; a peer whose logits are not finite at a counted position, or would
+make D infinite, is left out of this call before D is taken, on the device, so that no NaN of a peer's reaches a loss or
+a gradient; our own non-finite logits come out as a non-finite loss, for the host to handle; no more than one extra
+tensor of the logits' size is held, in ``own``'s own precision, and none where a peer's logits may be overwritten; on an
+accelerator nothing waits for the device. On a GPU `codistill.fused` does the pass in one kernel where it can.
 """
 
 import math
@@ -22,6 +22,7 @@ from codistill.config import LOSSES
 # for the launch of a kernel not to count.
 _CPU_ELEMENTS = 2**18
 _DEVICE_ELEMENTS = 2**24
+_MOST = 2.0**40  # largest logit of a peer's with mse: of its square float32 holds the sum over 2**47 logits
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,9 @@ def distill(
         counted = torch.ones((), dtype=torch.bool, device=own.device) if mask is None else mask
         counted = counted.expand(own.shape[:-1])
         peaks = [peer.amax(-1) for peer in peers]
-        usable = [_usable(peer, peak, temperature, counted) for peer, peak in zip(peers, peaks, strict=True)]
+        # Nor beyond what our own logits could be: the gradient, of their precision, holds the difference itself.
+        most = min(_MOST, torch.finfo(own.dtype).max) if loss == "mse" else math.inf
+        usable = [_usable(peer, peak, temperature, most, counted) for peer, peak in zip(peers, peaks, strict=True)]
         work = _Work(
             peers=[peer.detach() for peer in peers],
             peaks=peaks,
@@ -126,14 +129,17 @@ def _check(
         )
 
 
-def _usable(peer: Tensor, peak: Tensor, temperature: float, counted: Tensor) -> Tensor:
-    """Whether a peer's counted logits, `peak` the largest of each position, are finite, as a 0-dim bool.
+def _usable(peer: Tensor, peak: Tensor, temperature: float, most: float, counted: Tensor) -> Tensor:
+    """Whether a peer's counted logits, `peak` the largest of each position, are finite and within ±`most`; 0-dim bool.
 
     The spread of each position's logits is not finite when one of them is not, nor when it leaves float32's range,
     which would turn into NaN further on. Two reductions without temporaries read the logits far faster than isfinite.
     """
-    spread = (peak.float() - peer.amin(-1).float()) / temperature
-    return torch.where(counted, spread, 0.0).isfinite().all()
+    peak, least = peak.float(), peer.amin(-1).float()
+    fine = ((peak - least) / temperature).isfinite()
+    if most < math.inf:
+        fine &= (peak <= most) & (least >= -most)
+    return (fine | ~counted).all()
 
 
 def _positions_per_chunk(own: Tensor) -> int:

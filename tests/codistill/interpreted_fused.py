@@ -77,6 +77,13 @@ def test_a_peer_that_is_not_finite_is_left_out(by_kernel):
     assert found[0][-1].isfinite().all()
 
 
+def test_a_peer_whose_squares_would_leave_float32_is_left_out(by_kernel):
+    found = by_kernel(logits(0), [logits(1) + 1e20, logits(2)], loss="mse", overwrite=True)
+    assert_same(found)
+    assert found[0][3] == 1
+    assert found[0][0].isfinite()
+
+
 def test_what_a_mask_leaves_out_may_be_anything(by_kernel):
     own, peer, mask = logits(0), logits(1), torch.ones(SHAPE, dtype=torch.bool)
     own[0, 1], peer[0, 1], mask[0, 1] = NAN, math.inf, False

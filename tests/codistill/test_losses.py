@@ -381,6 +381,30 @@ def test_a_finite_peer_that_would_leave_float32_is_left_out():
     assert gradient.eq(0).all()
 
 
+@pytest.mark.parametrize("offset", [1e20, -1e20, 3e38])
+def test_a_finite_peer_whose_squares_would_leave_float32_is_left_out(offset):
+    own, whole = logits(6, 7), logits(6, 7, seed=2)
+    found, gradient = taken(own, [logits(6, 7, seed=1) + offset, whole], loss="mse")
+    wanted, wanted_gradient = expected(own, [whole], loss="mse")
+    assert found.peers == 1
+    assert_close(found.loss, wanted)
+    assert_close(gradient, wanted_gradient)
+
+
+def test_a_peer_beyond_what_our_own_precision_holds_is_left_out_before_the_gradient_leaves_it():
+    found, gradient = taken(logits(6, 7, dtype=torch.float16), [logits(6, 7, seed=1) + 1e6], loss="mse")
+    assert (found.loss, found.peers) == (0, 0)
+    assert gradient.eq(0).all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_logits_that_count_with_mse_give_a_finite_loss_and_gradient(sign):
+    found, gradient = taken(logits(300, 500), [torch.full((300, 500), sign * 2.0**40)] * 3, loss="mse")
+    assert found.peers == 3
+    assert found.loss.isfinite()
+    assert gradient.isfinite().all()
+
+
 # --- precision ------------------------------------------------------------------------------------------------------
 
 
