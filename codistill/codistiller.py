@@ -26,7 +26,7 @@ from codistill.exchange.checkpoint.checkpoints import CheckpointExchange
 from codistill.exchange.membership import Identity
 from codistill.exchange.prediction.predictions import PredictionExchange
 from codistill.exchange.protocol import Exchange, Position
-from codistill.exchange.snapshot import distinct, weights_hash
+from codistill.exchange.snapshot import distinct, tensors_of, weights_hash
 from codistill.losses import Distilled, distill
 from codistill.meters import Distance, Incidents, MetricsFile
 from codistill.termination import Termination
@@ -355,4 +355,4 @@ class Codistiller:
             self._incidents.report("metrics", f"the initial weights could not be kept: {error}")
 
     def _state(self) -> dict[str, Tensor]:
-        return {name: value for name, value in self._model.state_dict().items() if isinstance(value, Tensor)}
+        return tensors_of(self._model)

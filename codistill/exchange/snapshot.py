@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from codistill import config
 from codistill.exchange import strict_json
@@ -170,6 +170,11 @@ class Template:
         return {name: begin for begin, _, name in spans}
 
 
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's state as far as a snapshot carries it: not what `get_extra_state` adds, unless a tensor."""
+    return {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+
+
 def distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tied tensors (same storage, offset, shape and stride) once, under the first name in sorted order."""
     seen = set()
@@ -206,7 +211,7 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
 
 
 def load(module_state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Copy a verified snapshot into a module's state (as its `state_dict()` gives it), casting to the dtypes there."""
+    """Copy a verified snapshot into a module's state (as `tensors_of` gives it), casting to the dtypes there."""
     with torch.no_grad():
         for name, tensor in distinct(module_state).items():
             tensor.copy_(tensors[name])

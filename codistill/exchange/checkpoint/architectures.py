@@ -23,7 +23,7 @@ from torch.nn.modules.module import (
 
 from codistill.exchange.checkpoint.lean import lean
 from codistill.exchange.errors import Refused
-from codistill.exchange.snapshot import Template
+from codistill.exchange.snapshot import Template, tensors_of
 from codistill.random_state import untouched_generators
 from codistill.text import first_line, printable
 
@@ -87,7 +87,7 @@ class Architectures:
         known = self._unlike.get(_text(architecture))
         if known is None:
             with self._refusing(architecture), torch.device("meta"), _bounded(self._values):
-                known = Template(self._built(architecture).state_dict(), self._dtype)
+                known = Template(tensors_of(self._built(architecture)), self._dtype)
             if len(self._unlike) >= KINDS:
                 self._unlike.clear()
             self._unlike[_text(architecture)] = known

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from codistill.exchange.checkpoint.architectures import Architecture, Architectures
 from codistill.exchange.checkpoint.meeting import Proposal
 from codistill.exchange.manifest import Reference
-from codistill.exchange.snapshot import load
+from codistill.exchange.snapshot import load, tensors_of
 from codistill.meters import Incidents
 
 
@@ -132,7 +132,7 @@ class PeerModules:
                 module = self._architectures.build(architecture)
                 self._places[peer] = {_place(part) for part in itertools.chain(module.parameters(), module.buffers())}
                 self._modules[peer], self._built[peer] = module, architecture
-            load(self._modules[peer].state_dict(), tensors)
+            load(tensors_of(self._modules[peer]), tensors)
         except Exception as error:
             self._leave_out(peer, error)
             return False

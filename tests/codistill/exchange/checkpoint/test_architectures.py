@@ -57,6 +57,15 @@ def test_another_architecture_is_built_from_its_name_and_arguments(tmp_path):
     assert found.build(DEEP).state_dict().keys() == weights.state_dict().keys()
 
 
+def test_what_a_model_keeps_beside_its_tensors_is_no_part_of_its_snapshot():
+    class Telling(nn.Linear):
+        def get_extra_state(self):
+            return {"version": 2}
+
+    template = known(build_unlike=lambda name, arguments: Telling(4, 4)).template(DEEP)
+    assert template.limit == known().template(None).limit
+
+
 def test_a_built_module_is_placed_in_eval_mode_and_without_gradients():
     found = known(place=lambda module: module.double()).build(DEEP)
     assert not found.training
