@@ -231,7 +231,7 @@ class CheckpointExchange:
         """After a resume: fetch exactly what was in use; without sync the newest in place of what is gone."""
         before = self._before
         if before:
-            self._fetch_now({peer: Wish(reference=used.proposal.reference) for peer, used in before.items()}, update)
+            self._fetch_now({peer: Wish.of(used.proposal) for peer, used in before.items()}, update)
             self._modules.date_back(before)
             if not self._config.sync and self._any_lacking():
                 self._fetch_now(dict.fromkeys(self._lacking(), NEWEST), update)

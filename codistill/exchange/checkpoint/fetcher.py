@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Optional
 
 from codistill.exchange.checkpoint.architectures import Architecture
+from codistill.exchange.checkpoint.meeting import Proposal
 from codistill.exchange.checkpoint.presence import Presence
 from codistill.exchange.errors import ExchangeError, Refused, StorageError
 from codistill.exchange.manifest import Latest, Manifest, Reference
@@ -38,10 +39,19 @@ FILES_PER_PEER = 3
 
 @dataclass(frozen=True)
 class Wish:
-    """Which of a peer's snapshots is wanted: the one at `update`, or exactly `reference`; neither: the newest."""
+    """Which of a peer's snapshots is wanted: the one at `update`, or exactly `reference`; neither: the newest.
+
+    With `sha256` only one of that digest will do.
+    """
 
     update: Optional[int] = None
     reference: Optional[Reference] = None
+    sha256: Optional[str] = None
+
+    @classmethod
+    def of(cls, proposal: Proposal) -> Wish:
+        """For exactly that snapshot."""
+        return cls(reference=proposal.reference, sha256=proposal.sha256)
 
 
 NEWEST = Wish()
@@ -312,8 +322,9 @@ class Fetcher:
         except Refused:  # written once: it will not get better, as latest.json does
             self._give_up(peer, wish)
             raise
-        if manifest is None:
+        if manifest is None or wish.sha256 not in (None, manifest.sha256):  # pruned, or another is there
             self._give_up(peer, wish)
+            return None
         return manifest
 
     def _newer(self, peer: int, manifest: Optional[Manifest]) -> Optional[Manifest]:

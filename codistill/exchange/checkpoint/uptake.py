@@ -118,7 +118,7 @@ class Uptake:
             return Readiness.REFUSED
         if self._fetcher is None:
             return Readiness.PENDING
-        self._fetcher.wish(proposal.peer, Wish(reference=proposal.reference))
+        self._fetcher.wish(proposal.peer, Wish.of(proposal))
         return Readiness.REFUSED if self._fetcher.hopeless(proposal.peer) else Readiness.PENDING
 
     def _settle(self, proposal: Proposal, answer: Readiness, update: int) -> None:

@@ -141,6 +141,15 @@ def test_a_snapshot_that_is_gone_makes_an_exact_wish_hopeless(fetcher, writer):
     assert time.monotonic() - began < 10
 
 
+def test_another_snapshot_in_the_place_of_an_exact_one_makes_the_wish_hopeless(fetcher, writer):
+    there = writer.publish(weights(1), 10)
+    fetcher.wish(1, Wish(reference=there.reference, sha256="0" * 64))
+    until(lambda: fetcher.hopeless(1))
+    assert (fetcher.found(1), fetcher.received) == (None, 0)
+    fetcher.wish(1, Wish(reference=there.reference, sha256=there.sha256))
+    assert until(lambda: fetcher.found(1)) == there
+
+
 def test_waiting_ends_as_soon_as_all_wishes_are_settled(fetcher, writer):
     writer.publish(weights(1), 10)
     Writer(writer.store, peer=2).publish(weights(2), 10)
