@@ -9,7 +9,7 @@ incident, never an exception.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -62,7 +62,8 @@ class PeerModules:
         self._built: dict[int, Optional[Architecture]] = {}
         self._places: dict[int, set[int]] = {}  # where in memory its parameters and buffers lie
         self._held: dict[int, InUse] = {}
-        self._former: dict[int, InUse] = {}  # what was held last of those that gave their modules away
+        self._former: dict[int, InUse] = {}  # what was held last of those that are not held any more
+        self._failed: dict[int, Proposal] = {}  # the last of each peer that could not be loaded or run
 
     @property
     def peers(self) -> Collection[int]:
@@ -72,6 +73,11 @@ class PeerModules:
     def held(self, peer: int) -> Optional[InUse]:
         """What the peer's module holds, however stale."""
         return self._held.get(peer)
+
+    def tried(self, peer: int) -> Container[Optional[Proposal]]:
+        """What there is no use in taking up once more: what the peer's module holds, and what failed in it last."""
+        held = self._held.get(peer)
+        return {None if held is None else held.proposal, self._failed.get(peer)}
 
     def in_use(self, update: int) -> dict[int, InUse]:
         """The peers whose snapshots are not too stale at `update`."""
@@ -89,7 +95,7 @@ class PeerModules:
                     logits = forward(self._modules[peer])
                     found[peer] = logits.clone() if _place(logits) in self._places[peer] else logits
             except Exception as error:  # no memory for it, say
-                self._leave_out(peer, error)
+                self._leave_out(self._held[peer].proposal, error)
         return found
 
     def fitting(self, found: Mapping[int, Tensor], shape: torch.Size) -> list[Tensor]:
@@ -97,7 +103,7 @@ class PeerModules:
         for peer, logits in found.items():
             if logits.shape != shape:
                 message = f"its predictions have shape {tuple(logits.shape)}, ours {tuple(shape)}"
-                self._leave_out(peer, ValueError(message))
+                self._leave_out(self._held[peer].proposal, ValueError(message))
         return [logits for logits in found.values() if logits.shape == shape]
 
     def make_room(self, peer: int) -> Optional[InUse]:
@@ -134,11 +140,12 @@ class PeerModules:
                 self._modules[peer], self._built[peer] = module, architecture
             load(tensors_of(self._modules[peer]), tensors)
         except Exception as error:
-            self._leave_out(peer, error)
+            self._leave_out(proposal, error)
             return False
-        former = self._former.pop(peer, None)
-        known = former is not None and former.proposal == proposal  # nothing new: it is as stale as it was
-        self._held[peer] = former if former is not None and known else InUse(proposal, update)
+        before = self._held.get(peer) or self._former.get(peer)
+        known = before is not None and before.proposal == proposal  # nothing new: it is as stale as it was
+        self._held[peer] = before if before is not None and known else InUse(proposal, update)
+        self._former.pop(peer, None)
         return True
 
     def date_back(self, before: Mapping[int, InUse]) -> None:
@@ -159,8 +166,11 @@ class PeerModules:
             for peer, used in self._held.items()
         }
 
-    def _leave_out(self, peer: int, error: Exception) -> None:
-        self._held.pop(peer, None)
+    def _leave_out(self, failed: Proposal, error: Exception) -> None:
+        peer = failed.peer
+        self._failed[peer] = failed
+        if peer in self._held:
+            self._former[peer] = self._held.pop(peer)
         self._incidents.report("internal", f"peer {peer}: {type(error).__name__}: {error}", about=str(peer))
 
 

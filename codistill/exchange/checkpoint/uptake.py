@@ -100,10 +100,8 @@ class Uptake:
         self._pending = {peer: proposal for peer, proposal in self._pending.items() if peer in neighbours}
         for peer in neighbours:
             manifest = self._fetcher.found(peer)
-            used = self._modules.held(peer)
-            proposal = None if manifest is None else Proposal.of(manifest)
-            if proposal is not None and (used is None or used.proposal != proposal):
-                self._pending.setdefault(peer, proposal)
+            if manifest is not None and Proposal.of(manifest) not in self._modules.tried(peer):
+                self._pending.setdefault(peer, Proposal.of(manifest))
 
     def _readiness(self, proposal: Proposal) -> Readiness:
         """Whether this worker can swap to `proposal` right now; if it cannot, see to it that it can next time."""

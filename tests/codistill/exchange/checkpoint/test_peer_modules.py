@@ -113,6 +113,47 @@ def test_what_is_taken_up_again_without_anything_new_is_as_stale_as_it_was(kept)
     assert kept.modules.held(1).staleness(18) == 0  # something new
 
 
+def test_what_failed_is_not_worth_another_try_and_if_tried_as_stale_as_it_was(kept):
+    def swap(tensors, sequence, update):
+        proposal = Proposal(1, Reference(1, 10, sequence), "a" * 64, False)
+        return kept.modules.swap(proposal, None, tensors, update), proposal
+
+    def failing(module):
+        raise torch.OutOfMemoryError("on purpose")
+
+    good = nn.Linear(3, 2).state_dict()
+    taken, first = swap(good, 1, 10)
+    assert taken
+    assert first in kept.modules.tried(1)
+    assert kept.modules.predictions(failing, 12) == {}
+    assert kept.modules.held(1) is None
+    assert first in kept.modules.tried(1)
+    assert swap(good, 1, 18)[0]  # as when another worker could predict, and proposes it
+    assert kept.modules.held(1).staleness(18) == 8
+    taken, second = swap({"weight": torch.zeros(1)}, 2, 20)
+    assert not taken
+    assert second in kept.modules.tried(1)
+    assert swap(good, 1, 20)[0]  # back to what was there before
+    assert second in kept.modules.tried(1)
+    assert kept.modules.held(1).staleness(20) == 10
+    assert swap(good, 3, 22)[0]
+    assert kept.modules.held(1).staleness(22) == 0
+    assert first not in kept.modules.tried(1)
+
+
+def test_what_a_module_keeps_beside_its_tensors_does_not_keep_its_peer_out():
+    class Telling(nn.Linear):
+        def get_extra_state(self):
+            return {"version": 2}
+
+    incidents = Incidents(fatal=False)
+    architectures = Architectures(lambda: Telling(3, 2), nn.Linear(3, 2).state_dict(), "float32")
+    modules = PeerModules(architectures, 1, 10, incidents)
+    proposal = Proposal(1, Reference(1, 10, 1), "a" * 64, False)
+    assert modules.swap(proposal, None, nn.Linear(3, 2).state_dict(), 10)
+    assert incidents.total == 0
+
+
 def test_a_neighbour_of_another_architecture_gets_a_module_of_its_own_and_leaves_none_behind(kept):
     kept.learn_from(1, 2)
     kept.take(1, 10)
