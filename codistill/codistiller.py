@@ -195,7 +195,8 @@ class Codistiller:
         )
         del peers  # the gradient's memory must not be ours, too
         with torch.no_grad():
-            sums = torch.stack([found.loss.detach().float(), found.agreement, found.positions, count - found.peers])
+            compared = found.positions * (found.peers > 0)
+            sums = torch.stack([found.loss.detach().float(), found.agreement, compared, count - found.peers])
             self._sums = sums if self._sums is None else self._sums + sums
         return found
 

@@ -98,7 +98,8 @@ class CodistillCriterion(LabelSmoothedCrossEntropyCriterion):
             self._mask(sample["target"]),
             _inputs(sample) if self._hooks.coordinated else (),
         )
-        return codistiller.alpha * found.loss, (found.loss.detach() / self._bits, found.agreement, found.positions)
+        compared = found.positions * (found.peers > 0)  # on the device, as the others are
+        return codistiller.alpha * found.loss, (found.loss.detach() / self._bits, found.agreement, compared)
 
     def _mask(self, target: Tensor) -> Tensor:
         """The positions that the host's loss counts."""
