@@ -83,7 +83,7 @@ class Codistiller:
         self._incidents = Incidents(fatal=config.on_error == "fail")
         self._metrics_file = MetricsFile(save_dir, self._incidents)
         self._distance: Optional[Distance] = None
-        self._moved = 0.0
+        self._moved: tuple[Optional[int], float] = (None, 0.0)  # the last update at which the distance is known, and it
         self._workers: Optional[Workers] = None
         self._exchange: Optional[Exchange] = None
         self._termination = Termination()
@@ -94,6 +94,7 @@ class Codistiller:
         self._seconds = 0.0
         self._sums: Optional[Tensor] = None  # of loss, agreement, positions, unusable peers since the last boundary
         self._means = (0.0, 0.0)  # loss and agreement per position, at the last boundary
+        self._settled: Optional[int] = None  # the update of that
 
     def begin_update(self, update: int, epoch: int) -> None:
         """Get ready for the next update; calling it again for the same one changes nothing.
@@ -201,7 +202,7 @@ class Codistiller:
         return found
 
     def metrics(self) -> dict[str, float]:
-        """Every key of `codistill.KEYS`; loss, agreement and distance are of the last boundary."""
+        """Every key of `codistill.KEYS`; loss, agreement and distance are of the last boundary, once it is measured."""
         update = self._update or 0
         in_use = self._exchange.in_use(update).values() if self._exchange else []
         counters = self._exchange.counters if self._exchange else {"sent": 0, "received": 0, "skipped": 0}
@@ -212,7 +213,7 @@ class Codistiller:
             "peers": len(in_use),
             "staleness": max((used.staleness(update) for used in in_use), default=0),
             "gap": max((used.gap(update) for used in in_use), default=0),
-            "distance": self._moved,
+            "distance": self._moved[1],
             "sent": counters["sent"],
             "received": counters["received"],
             "seconds": self._seconds,
@@ -244,8 +245,12 @@ class Codistiller:
         if self._update is None:
             return
         self._update = update
+        self._settle_sums(update)
+        if self._published_state is not None:
+            self._measure(update)
         if self._exchange is not None:
             self._exchange.finish(update, self._epoch, self.metrics())
+        self._measure(update)  # unless a copy was: nothing has to wait for it any more
         self._report(update)
         self.close()
 
@@ -254,6 +259,7 @@ class Codistiller:
         self._termination.remove()
         if self._exchange is not None:
             self._exchange.close()
+        self._metrics_file.flush()
         if self._workers is not None:
             self._workers.close()
 
@@ -266,6 +272,8 @@ class Codistiller:
             self._init_hash = weights_hash(state)
             if self._workers.first:
                 self._record_initial_weights(self._distance, state)
+        else:
+            self._measure(update)  # after a resume: the next boundary may be far
         by_prediction = self.config.exchange == "prediction"
         if self.config.peers == 1 or (by_prediction and not self.config.coordinated):
             return
@@ -280,7 +288,7 @@ class Codistiller:
         terms |= {name: changed[name] for name in AGREED_WHEN_SET if name in changed}
         identity = Identity(self._fingerprint, self._init_hash, self._architecture)
         try:
-            exchange.start(identity, terms, update, self._on_published)
+            exchange.start(identity, terms, update, self._on_copy)
         except WorkersLost as error:
             exchange.end_without_workers(error)
         self._termination.install()
@@ -312,42 +320,51 @@ class Codistiller:
         self._termination.settle()
 
     def _boundary(self, update: int, epoch: int) -> None:
-        self._settle_sums()
-        published = self._exchange is not None and self.config.exchange == "checkpoint"
-        if (not published or self._published_state) and self._workers is not None and self._workers.first:
-            self._measure_distance(self._state())
-        if self._exchange is not None:
-            self._exchange.boundary(update, epoch, self.metrics())
-        self._report(update)
+        self._settle_sums(update)
+        if not self._copied:
+            self._measure(update)
+        copied = self._exchange is not None and self._exchange.boundary(update, epoch, self.metrics())
+        self._report(update, waits=copied)
 
-    def _report(self, update: int) -> None:
+    def _report(self, update: int, *, waits: bool = False) -> None:
+        """A line of `metrics.jsonl`; it `waits` while the distance is measured in the background."""
         if self._workers is not None and self._workers.first:
-            self._metrics_file.write({"update": update, "epoch": self._epoch, **self.metrics()})
+            line = {"update": update, "epoch": self._epoch, **self.metrics(), "distance": math.nan}
+            self._metrics_file.write(line, waits=waits)
 
-    def _settle_sums(self) -> None:
+    def _settle_sums(self, update: int) -> None:
         """Turn the sums since the last boundary into means: the only time that numbers are read off the device."""
-        if self._sums is None:
-            self._means = (0.0, 0.0)
-            return
-        loss, agreement, positions, unusable = self._sums.tolist()
-        self._sums = None
+        if self._sums is None and update == self._settled:
+            return  # training ended with an interval
+        loss, agreement, positions, unusable = [0.0] * 4 if self._sums is None else self._sums.tolist()
+        self._sums, self._settled = None, update
         self._means = (loss / positions, agreement / positions) if positions else (0.0, 0.0)
         if unusable:
             self._incidents.report("non-finite", f"a peer's predictions were not finite in {unusable:g} batches")
 
-    def _on_published(self, state: Mapping[str, Tensor]) -> None:
-        """In the background, with a copy of what is published: the model's own weights, unless told otherwise."""
-        if self._published_state is None:
-            self._measure_distance(state)
+    @property
+    def _copied(self) -> bool:
+        """Whether the distance is measured in the background, on the copy of our own weights that is published."""
+        by_checkpoint = self._exchange is not None and self.config.exchange == "checkpoint"
+        return by_checkpoint and self._published_state is None
 
-    def _measure_distance(self, state: Mapping[str, Tensor]) -> None:
-        if self._distance is None:
+    def _on_copy(self, update: int, state: Mapping[str, Tensor]) -> dict[str, float]:
+        """In the background, with a copy of what is published: the model's own weights, unless told otherwise."""
+        if self._copied:
+            self._measure(update, state)
+        return {"distance": self._moved[1]}
+
+    def _measure(self, update: int, state: Optional[Mapping[str, Tensor]] = None) -> None:
+        """Worker 0: learn the distance at `update`, once, of the model or of a copy of its state."""
+        if self._distance is None or self._workers is None or not self._workers.first or self._moved[0] == update:
             return
         try:
-            self._moved = self._distance.measure(state)
+            moved = self._distance.measure(self._state() if state is None else state)
         except (OSError, SafetensorError, RuntimeError, TypeError) as error:  # unreadable, or of another model
-            self._moved = math.nan
+            moved = math.nan
             self._incidents.report("metrics", f"the distance from initialisation is not known: {error}")
+        self._moved = update, moved
+        self._metrics_file.measured(update, moved)
 
     def _record_initial_weights(self, distance: Distance, state: Mapping[str, Tensor]) -> None:
         try:

@@ -12,7 +12,7 @@ import math
 import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Optional
@@ -132,17 +132,53 @@ class Distance:
 
 
 class MetricsFile:
-    """Appends one JSON line at a time to `metrics.jsonl` in the save dir."""
+    """Appends one JSON line at a time to `metrics.jsonl` in the save dir, from any thread.
+
+    A line may wait for the distance at its update, which is measured in the background; those after it wait behind it.
+    """
 
     def __init__(self, folder: Path, incidents: Incidents) -> None:
         """Nothing is opened until the first line is written; from now on the clock runs that each line tells."""
         self._path = folder / METRICS_FILE
         self._began = time.monotonic()
         self._incidents = incidents
+        self._lines: deque[tuple[dict[str, Any], bool]] = deque()  # each with whether it waits
+        self._measured = (-1, math.nan)  # the last update of which the distance is known, and that distance
+        self._lock = threading.Lock()
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Append `record` and `wall`, this process's seconds so far; numbers that are not finite become null."""
-        record = {**record, "wall": round(time.monotonic() - self._began, 3)}
+    def write(self, record: Mapping[str, Any], *, waits: bool = False) -> None:
+        """Append `record` and `wall`, this process's seconds so far; numbers that are not finite become null.
+
+        Args:
+            record: values by name; what `measured` was told of its `update` becomes its `distance`.
+            waits: if that was nothing yet, append it when `measured` is told of that update, or of a later one.
+        """
+        line = {**record, "wall": round(time.monotonic() - self._began, 3)}
+        with self._lock:
+            self._lines.append((line, waits))
+            self._append()
+
+    def measured(self, update: int, distance: float) -> None:
+        """After `update` updates the weights are this far from their initial values; earlier lines wait no more."""
+        with self._lock:
+            self._measured = update, distance
+            self._append()
+
+    def flush(self) -> None:
+        """Append all that wait, without a distance."""
+        with self._lock:
+            self._append(patient=False)
+
+    def _append(self, *, patient: bool = True) -> None:
+        update, distance = self._measured
+        while self._lines:
+            line, waits = self._lines[0]
+            if patient and waits and line["update"] > update:
+                return
+            self._lines.popleft()
+            self._append_line({**line, "distance": distance} if line.get("update") == update else line)
+
+    def _append_line(self, record: Mapping[str, Any]) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         try:
             with open(self._path, "a", encoding="utf-8") as file:

@@ -288,12 +288,12 @@ def publishers(memory_objects: Objects, quick_exchange: Path) -> Iterator[Callab
 
     def make(objects: Objects = memory_objects, *, floor: int = 0, token: str = "a" * 64, **wanted: Any) -> Publisher:
         store = RunStore(objects, RUN)
-        on_buffer = wanted.pop("on_buffer", lambda views: None)
+        on_copy = wanted.pop("on_copy", lambda update, views: {})
         lowest_floor = wanted.pop("lowest_floor", lambda: 0)
         incidents = wanted.pop("incidents", None) or Incidents(fatal=False)
         config = options(**wanted)
         member = Membership(store, 0, token, {}, save_dir)
-        made.append(Publisher(store, member, config, identity(), incidents, lowest_floor, on_buffer))
+        made.append(Publisher(store, member, config, identity(), incidents, lowest_floor, on_copy))
         made[-1].start(floor)
         return made[-1]
 

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from codistill.exchange.membership import Identity
 from codistill.workers import WorkersLost
 
+# Called in the background with each copy of what is published, and the update it is of; gives numbers for the manifest.
+OnCopy = Callable[[int, Mapping[str, Tensor]], Mapping[str, float]]
+
 
 @dataclass(frozen=True, order=True)
 class Position:
@@ -43,7 +46,7 @@ class Exchange(Protocol):
         identity: Identity,
         terms: Mapping[str, Any],
         update: int,
-        on_buffer: Callable[[Mapping[str, Tensor]], None],
+        on_copy: OnCopy,
     ) -> None:
         """Join the run."""
 
@@ -53,8 +56,8 @@ class Exchange(Protocol):
     def begin_batch(self, position: Position) -> Optional[Position]:
         """The next micro-batch is at `position`; gives where to go on after it, when data must be skipped for that."""
 
-    def boundary(self, update: int, epoch: int, metrics: Mapping[str, float]) -> None:
-        """An interval has ended."""
+    def boundary(self, update: int, epoch: int, metrics: Mapping[str, float]) -> bool:
+        """An interval has ended; gives whether our weights were copied, so that `on_copy` is called for them."""
 
     def predict_early(self, forward: Callable[[nn.Module], Tensor], update: int) -> None:
         """Do what can be done of `predictions` for the batch at hand before our own logits are known."""

@@ -23,6 +23,7 @@ from codistill.config import CodistillConfig, ConfigError
 from codistill.exchange.errors import ExchangeError, Refused, StorageError
 from codistill.exchange.manifest import RETAINED, Latest, Manifest, Reference
 from codistill.exchange.membership import HEARTBEAT_SECONDS, Identity, Membership
+from codistill.exchange.protocol import OnCopy
 from codistill.exchange.snapshot import HostBuffer
 from codistill.exchange.store import RunStore
 from codistill.meters import Incidents, logger
@@ -64,7 +65,7 @@ class Publisher:
         identity: Identity,
         incidents: Incidents,
         lowest_floor: Callable[[], int],
-        on_buffer: Callable[[Mapping[str, Tensor]], None] = lambda views: None,
+        on_copy: OnCopy = lambda update, views: {},
     ) -> None:
         """Nothing starts before `start`.
 
@@ -75,11 +76,12 @@ class Publisher:
             identity: goes into every manifest.
             incidents: told of every fault.
             lowest_floor: the lowest update any peer could restart from; nothing from there on is pruned in sync mode.
-            on_buffer: called in the background with the buffer's tensors before they are stored.
+            on_copy: called in the background with the buffer's tensors, whatever the store does; what it gives goes
+                into the manifest.
         """
         self._store, self._membership, self._config = store, membership, config
         self._identity, self._incidents, self._lowest_floor = identity, incidents, lowest_floor
-        self._on_buffer = on_buffer
+        self._on_copy = on_copy
         self._buffer: Optional[HostBuffer] = None
         self._latest: Optional[Latest] = None
         self._lock = threading.RLock()  # of `_latest` and its overwriting
@@ -196,6 +198,7 @@ class Publisher:
 
     def _store_patiently(self, job: _Job) -> None:
         """Try to store the buffer until that is settled; between two attempts the buffer is free for newer weights."""
+        self._attempt(functools.partial(self._show_copy, job))
         pause = RETRY_SECONDS
         while True:
             settled = self._attempt(functools.partial(self._store_snapshot, job))
@@ -291,6 +294,10 @@ class Publisher:
             self._store.put_latest(latest)
             self._latest = latest
 
+    def _show_copy(self, job: _Job) -> None:
+        if self._buffer is not None:
+            job.metrics = {**job.metrics, **self._on_copy(job.update, self._buffer.tensors())}
+
     def _store_snapshot(self, job: _Job) -> None:
         latest = self._joined()
         newest = latest.manifest
@@ -307,7 +314,6 @@ class Publisher:
         payload = buffer.view()
         manifest = job.manifest
         if manifest is None:
-            self._on_buffer(buffer.tensors())
             manifest = self._describe(job, payload)
             if self._config.sync:
                 self._compare_with_earlier(self._joined().retained, job.update, manifest.sha256)

@@ -276,6 +276,22 @@ def test_a_resumed_peer_takes_up_the_newest_at_once_when_what_was_in_use_is_gone
     assert again.causes() == {}
 
 
+def test_a_resumed_peer_does_not_take_another_snapshot_for_the_one_that_was_in_use(peers):
+    first, second = pair(peers, keep=100)
+    both_in_use(first, second)
+    used = taken_up(first)
+    state = json.loads(json.dumps(first.codistiller.state_dict()))
+    state["in_use"]["1"]["sha256"] = "0" * 64
+    first.codistiller.close()
+    for _ in range(4):
+        second.step()
+        idle(second)
+    again = peers(0, seed=77, keep=100)
+    again.codistiller.load_state_dict(state)
+    again.codistiller.begin_update(first.update | 1, epoch=1)  # no boundary, which would look for what is newer
+    assert taken_up(again) > used
+
+
 def test_a_resumed_peer_goes_on_without_a_peer_of_which_nothing_is_left(peers):
     first, second = pair(peers)
     both_in_use(first, second)
@@ -354,6 +370,129 @@ def test_metrics_are_kept_in_the_save_dir_for_every_boundary(peers):
     assert all(line.keys() == {*KEYS, "update", "epoch", "wall"} for line in lines)
 
 
+def idle(peer):
+    """Wait until nothing of the peer's is being published."""
+    exchange = peer.codistiller._exchange
+    until(lambda: exchange is None or exchange._publisher._job is None)
+
+
+def lines_of(peer):
+    return [json.loads(line) for line in (peer.save_dir / METRICS_FILE).read_text().splitlines()]
+
+
+def moved_since(peer):
+    """Gives how far the peer's model is, whenever it is asked, from where it is now."""
+    start = [parameter.detach().clone() for parameter in peer.model.parameters()]
+
+    def distance():
+        pairs = zip(peer.model.parameters(), start, strict=True)
+        return math.sqrt(sum((now.detach() - then).square().sum().item() for now, then in pairs))
+
+    return distance
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_every_line_tells_the_distance_at_its_own_update(peers, count):
+    peer = peers(0, peers=count)
+    distance, wanted = moved_since(peer), {}
+    for update in range(9):
+        wanted[update] = distance()
+        peer.step()
+        idle(peer)  # else a publication is skipped
+    wanted[9] = distance()
+    peer.codistiller.finish(9)
+    found = {line["update"]: line["distance"] for line in lines_of(peer)}
+    assert found == pytest.approx({update: wanted[update] for update in (2, 4, 6, 8, 9)}, rel=1e-5)
+    assert peer.metrics()["distance"] == found[9]
+    if count == 2:
+        manifest = RunStore(Objects(peer.codistiller.config.dir), RUN).latest(0).manifest
+        assert manifest.metrics["distance"] == found[9]
+
+
+def test_lines_wait_for_no_store_and_one_without_a_copy_knows_no_distance(peers):
+    peer = peers(0)
+    peer.step()
+    publisher, free = peer.codistiller._exchange._publisher, threading.Event()
+    put = publisher._store.put_snapshot
+    publisher._store.put_snapshot = lambda *given: (free.wait(20), put(*given))
+    peer.step(2)
+    until(lambda: publisher._storing)
+    peer.step(2)
+    until(lambda: len(lines_of(peer)) == 2)
+    assert [(line["update"], line["distance"] is None) for line in lines_of(peer)] == [(2, False), (4, True)]
+    assert peer.metrics()["skipped"] == 1
+    free.set()
+
+
+def test_a_line_that_still_waits_when_the_process_leaves_is_written(peers):
+    peer = peers(0)
+    peer.step()
+    peer.codistiller._distance.measure = lambda state: 1 / 0  # never told
+    peer.step(2)
+    peer.codistiller.close()
+    assert [(line["update"], line["distance"]) for line in lines_of(peer)] == [(2, None)]
+
+
+def test_after_a_resume_the_distance_is_known_at_once(peers):
+    first = peers(0, peers=1)
+    distance = moved_since(first)
+    first.step(5)
+    first.codistiller.close()
+    again = peers(0, peers=1, seed=77)
+    again.model.load_state_dict(first.model.state_dict())
+    again.codistiller.load_state_dict(first.codistiller.state_dict())
+    again.codistiller.begin_update(first.update, epoch=1)
+    assert again.metrics()["distance"] == pytest.approx(distance(), rel=1e-5)
+
+
+def at_a_boundary(first, second):
+    """Both in use, and `first` about to do the first update of an interval."""
+    both_in_use(first, second)
+    while first.update % 2:
+        first.step()
+    first.codistiller.begin_update(first.update, epoch=1)
+
+
+def compared(peer, *factors):
+    """The peer's penalties for some batches whose predictions are multiplied by a number."""
+    inputs = torch.randn(7, 4)
+    return [peer.codistiller.penalty(torch.randn(7, 5), lambda module, x=x: x * module(inputs)) for x in factors]
+
+
+def test_batches_without_a_usable_peer_do_not_dilute_loss_and_agreement(peers):
+    first, second = pair(peers)
+    at_a_boundary(first, second)
+    found, _, _ = compared(first, 1, math.nan, math.inf)
+    first.codistiller.begin_update(first.update + 2, epoch=1)
+    assert first.metrics()["loss"] == pytest.approx(found.loss.item() / 7)
+    assert first.metrics()["agreement"] == pytest.approx(found.agreement.item() / 7)
+    assert first.causes() == {"non-finite": 1}
+
+
+def test_an_interval_that_training_ends_in_is_told_of_like_a_whole_one(peers):
+    first, second = pair(peers)
+    at_a_boundary(first, second)
+    found, _ = compared(first, 1, math.nan)
+    first.codistiller.finish(first.update + 1)
+    last = lines_of(first)[-1]
+    assert (last["update"], last["loss"]) == (first.update + 1, pytest.approx(found.loss.item() / 7))
+    assert last["agreement"] == pytest.approx(found.agreement.item() / 7)
+    assert first.causes() == {"non-finite": 1}
+    manifest = RunStore(Objects(first.codistiller.config.dir), RUN).latest(0).manifest
+    assert (manifest.update, manifest.metrics["loss"]) == (last["update"], last["loss"])
+
+
+def test_training_that_ends_with_an_interval_keeps_what_is_told_of_it(peers):
+    first, second = pair(peers)
+    both_in_use(first, second)
+    first.step(2)
+    at_a_boundary(first, second)
+    before = first.metrics()
+    assert before["loss"] > 0
+    first.codistiller.finish(first.update)
+    assert lines_of(first)[-1]["loss"] == before["loss"]
+
+
 def test_a_peer_whose_outputs_are_not_finite_is_left_out_and_counted(peers):
     first, second = pair(peers)
     with torch.no_grad():
@@ -371,6 +510,9 @@ def test_a_peer_whose_outputs_are_not_finite_is_left_out_and_counted(peers):
 def test_a_peer_whose_module_fails_is_left_out_until_it_sends_something_new(peers, caplog):
     first, second = pair(peers)
     both_in_use(first, second)
+    idle(second)
+    newest = RunStore(Objects(second.codistiller.config.dir), RUN).latest(1).manifest.update
+    first.step_until(lambda: taken_up(first) == newest)
     module = first.codistiller._exchange._modules._modules[1]
     failing = module.register_forward_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("on purpose")))
     first.step()
@@ -378,7 +520,10 @@ def test_a_peer_whose_module_fails_is_left_out_until_it_sends_something_new(peer
     assert not first.codistiller.active
     assert "peer 1: OutOfMemoryError: on purpose" in caplog.text
     failing.remove()
+    first.step(6)
+    assert not first.codistiller.active
     first.step_until(lambda: second.step() or first.codistiller.active)
+    assert taken_up(first) > newest
     assert all(map(math.isfinite, first.losses))
     assert first.causes() == {"internal": 1}
 

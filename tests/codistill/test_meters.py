@@ -102,6 +102,31 @@ def test_metrics_are_appended_as_strict_json_lines_that_tell_the_time(tmp_path):
     assert incidents.total == 0
 
 
+def test_lines_wait_for_the_distance_at_their_own_update_and_stay_in_order(tmp_path):
+    file = MetricsFile(tmp_path, Incidents(fatal=False))
+
+    def written():
+        path = tmp_path / METRICS_FILE
+        lines = map(json.loads, path.read_text().splitlines() if path.exists() else ())
+        return [(line["update"], line["distance"]) for line in lines]
+
+    file.write({"update": 1, "distance": math.nan}, waits=True)
+    file.write({"update": 2, "distance": math.nan})
+    assert written() == []
+    file.measured(1, 1.5)
+    assert written() == [(1, 1.5), (2, None)]
+    file.measured(3, 3.5)  # before the line is there
+    file.write({"update": 3, "distance": math.nan}, waits=True)
+    assert written()[2:] == [(3, 3.5)]
+    file.write({"update": 4, "distance": math.nan}, waits=True)
+    file.write({"update": 5, "distance": math.nan}, waits=True)
+    file.measured(5, 5.5)
+    assert written()[3:] == [(4, None), (5, 5.5)]
+    file.write({"update": 6, "distance": math.nan}, waits=True)
+    file.flush()
+    assert written()[5:] == [(6, None)]
+
+
 def test_metrics_that_cannot_be_written_are_an_incident(tmp_path):
     incidents = Incidents(fatal=False)
     MetricsFile(tmp_path / "missing", incidents).write({"update": 1})

@@ -24,7 +24,7 @@ from codistill.exchange.checkpoint.neighbours import Neighbours
 from codistill.exchange.checkpoint.peer_modules import InUse, PeerModules, held_before
 from codistill.exchange.checkpoint.uptake import Uptake
 from codistill.exchange.membership import Identity
-from codistill.exchange.protocol import Position
+from codistill.exchange.protocol import OnCopy, Position
 from codistill.exchange.publisher import Publisher
 from codistill.meters import Incidents
 from codistill.topology import Topology
@@ -76,7 +76,7 @@ class CheckpointExchange:
         identity: Identity,
         terms: Mapping[str, Any],
         update: int,
-        on_buffer: Callable[[Mapping[str, Tensor]], None],
+        on_copy: OnCopy,
     ) -> None:
         """Join the run and, after a resume, take up again what was in use.
 
@@ -84,7 +84,7 @@ class CheckpointExchange:
             identity: output space and initial weights of this peer.
             terms: what all peers of the run must agree on.
             update: updates done so far.
-            on_buffer: called in the background with every snapshot of ours.
+            on_copy: called in the background with every snapshot of ours.
 
         Raises:
             ConfigError: the dir cannot be opened, the run has other terms, the number is taken, the signing key in the
@@ -96,7 +96,7 @@ class CheckpointExchange:
         def enter() -> None:
             if self._workers.first:
                 floor = self._needed_from(update)
-                self._publisher = joining.publisher(identity, terms, floor, self._lowest_floor, on_buffer)
+                self._publisher = joining.publisher(identity, terms, floor, self._lowest_floor, on_copy)
             if self._workers.fetches:
                 self._fetcher = joining.fetcher(identity, self._architectures, self._topology)
 
@@ -115,27 +115,31 @@ class CheckpointExchange:
     def begin_batch(self, position: Position) -> Optional[Position]:
         """Nothing to skip: peers go through the data each in its own way."""
 
-    def boundary(self, update: int, epoch: int, metrics: Mapping[str, float]) -> None:
+    def boundary(self, update: int, epoch: int, metrics: Mapping[str, float]) -> bool:
         """Publish our weights and take up the peers'; called every `interval` updates.
 
         Args:
             update: updates done so far.
             epoch: the host's epoch.
             metrics: numbers for the manifest.
+
+        Returns:
+            Whether our weights were copied, so that `on_copy` is called for them.
         """
         if self._over:
-            return
+            return False
         if self._config.sync:
-            self._publish(update, epoch, metrics)
+            copied = self._publish(update, epoch, metrics)
             self._await_update(update)
             self._take_up(update, patient=True)
         else:
             self._take_up(update, patient=False)
-            self._publish(update, epoch, metrics)  # last: hashing and storing begin now, and would slow the other down
+            copied = self._publish(update, epoch, metrics)  # last: hashing begins now, and would slow the other down
         self._ahead = self._config.sync
         if self._neighbours is not None and not self._config.sync:
             self._neighbours.boundary_passed(update, self._modules.peers)
             self._attend(self._neighbours.chosen, (), NEWEST)
+        return copied
 
     def predict_early(self, forward: Callable[[nn.Module], Tensor], update: int) -> None:
         """Let the peers predict now; the next `predictions` of this update gives that."""
@@ -202,9 +206,10 @@ class CheckpointExchange:
         self._incidents.report("workers", f"{error}; the exchange is over, training goes on")
         self.close(1.0)
 
-    def _publish(self, update: int, epoch: int, metrics: Mapping[str, float]) -> None:
-        if self._publisher is not None and not self._over:
-            self._publisher.publish(self._state(), update=update, epoch=epoch, metrics=metrics)
+    def _publish(self, update: int, epoch: int, metrics: Mapping[str, float]) -> bool:
+        if self._publisher is None or self._over:
+            return False
+        return self._publisher.publish(self._state(), update=update, epoch=epoch, metrics=metrics)
 
     def _publish_now(
         self, update: int, epoch: int, metrics: Mapping[str, float], seconds: float, *, final: bool

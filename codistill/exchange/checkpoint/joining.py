@@ -12,14 +12,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Optional
 
-from torch import Tensor
-
 from codistill.config import CodistillConfig, ConfigError, flag
 from codistill.exchange.checkpoint.architectures import Architectures
 from codistill.exchange.checkpoint.fetcher import Fetcher
 from codistill.exchange.errors import ExchangeError, StorageError
 from codistill.exchange.membership import Identity, Membership, owner_token
 from codistill.exchange.objects import Objects, without_credentials
+from codistill.exchange.protocol import OnCopy
 from codistill.exchange.publisher import Publisher
 from codistill.exchange.signing import KEY, signing_key
 from codistill.exchange.store import RunStore
@@ -55,7 +54,7 @@ class Joining:
         terms: Mapping[str, Any],
         floor: int,
         lowest_floor: Callable[[], int],
-        on_buffer: Callable[[Mapping[str, Tensor]], None],
+        on_copy: OnCopy,
     ) -> Publisher:
         """Worker 0: join the run and begin the heartbeat.
 
@@ -64,7 +63,7 @@ class Joining:
             terms: what all peers must agree on.
             floor: the update a restart would need.
             lowest_floor: of the peers that may read us.
-            on_buffer: called in the background with every snapshot of ours.
+            on_copy: called in the background with every snapshot of ours.
 
         Raises:
             ConfigError: the run has other terms, or the number is taken.
@@ -75,7 +74,7 @@ class Joining:
             membership.join()
         except ExchangeError as error:  # the publisher tries again with every heartbeat
             self._incidents.report(error.cause, str(error))
-        publisher = Publisher(self._store, membership, self._config, identity, self._incidents, lowest_floor, on_buffer)
+        publisher = Publisher(self._store, membership, self._config, identity, self._incidents, lowest_floor, on_copy)
         publisher.start(floor)
         return publisher
 

@@ -26,7 +26,7 @@ from codistill.exchange.prediction.forming import Forming, Patience, State
 from codistill.exchange.prediction.in_step import InStep
 from codistill.exchange.prediction.posts import Proposal, from_words, to_words
 from codistill.exchange.prediction.rendezvous import Rendezvous, Standing
-from codistill.exchange.protocol import Position
+from codistill.exchange.protocol import OnCopy, Position
 from codistill.exchange.publisher import Publisher
 from codistill.meters import Incidents, logger
 from codistill.workers import Workers, WorkersLost
@@ -89,7 +89,7 @@ class PredictionExchange:
         identity: Identity,
         terms: Mapping[str, Any],
         update: int,
-        on_buffer: Callable[[Mapping[str, Tensor]], None],
+        on_copy: OnCopy,
     ) -> None:
         """Join the run.
 
@@ -97,7 +97,7 @@ class PredictionExchange:
             identity: output space and initial weights of this peer.
             terms: what all peers of the run must agree on.
             update: updates done so far.
-            on_buffer: not called: no weights are published.
+            on_copy: not called: no weights are published.
 
         Raises:
             ConfigError: the dir or the port cannot be opened, the run has other terms, or the number is taken.
@@ -126,8 +126,9 @@ class PredictionExchange:
             self._break_off("internal", f"{type(error).__name__}: {error}")
         return None
 
-    def boundary(self, update: int, epoch: int, metrics: Mapping[str, float]) -> None:
+    def boundary(self, update: int, epoch: int, metrics: Mapping[str, float]) -> bool:
         """Nothing is published."""
+        return False
 
     def predict_early(self, forward: Callable[[nn.Module], Tensor], update: int) -> None:
         """Nothing: the other members predict."""

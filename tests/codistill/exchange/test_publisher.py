@@ -386,17 +386,19 @@ def test_a_store_that_cannot_be_reached_at_the_start_is_joined_later(publishers,
 
 
 def test_even_a_fault_of_our_own_is_only_an_incident(publishers, objects):
-    def on_buffer(views):
-        if views["b"][0] == 0:
+    def on_copy(update, views):
+        if update == 2:
             raise ZeroDivisionError("on purpose")
+        return {"mean": views["b"].float().mean().item()}
 
     incidents = Incidents(fatal=False)
-    publisher = publishers(objects, incidents=incidents, on_buffer=on_buffer)
+    publisher = publishers(objects, incidents=incidents, on_copy=on_copy)
     publish(publisher, 2)
-    assert publisher.publish(weights(4, b=torch.ones(5, dtype=torch.int64)), update=4, epoch=1, metrics={})
+    assert publisher.publish(weights(4, b=torch.ones(5, dtype=torch.int64)), update=4, epoch=1, metrics={"loss": 2.0})
     assert publisher.flush(20)
     assert incidents.counts == {"internal": 1}
-    assert retained(objects) == [4]
+    assert retained(objects) == [2, 4]
+    assert latest(objects).manifest.metrics == {"loss": 2.0, "mean": 1.0}
 
 
 def test_a_superseded_process_stops_publishing_and_says_so_once(publishers, objects):
