@@ -88,10 +88,15 @@ class CodistillCriterion(LabelSmoothedCrossEntropyCriterion):
         epsilon = self._smoothing.at(update=self._hooks.update, epochs=self._hooks.epoch - 1)
         return label_smoothed_nll_loss(lprobs, target, epsilon, ignore_index=self.padding_idx, reduce=reduce)[0]
 
-    def _penalty(self, net_output: Any, sample: dict[str, Any]) -> tuple[Optional[Tensor], tuple[Any, Any, Any]]:
+    def _penalty(self, net_output: Any, sample: dict[str, Any]) -> tuple[Optional[Tensor], tuple[Tensor, ...]]:
+        """The penalty, None without one, and its sums.
+
+        These are tensors either way: fairseq adds up the workers' tensors in one buffer and their numbers in another,
+        and one worker of a peer may have a penalty where another has none.
+        """
         codistiller = self._hooks.codistiller
         if codistiller is None or not codistiller.active or self._hooks.dummy:
-            return None, (0.0, 0.0, 0.0)
+            return None, torch.zeros(len(_SUMS), dtype=torch.float32, device=net_output[0].device).unbind()
         found = codistiller.penalty(
             net_output[0],
             lambda peer: _predicted(peer, sample),

@@ -253,6 +253,22 @@ def test_a_batch_that_only_keeps_a_worker_in_step_has_no_penalty(together):
     assert all(gradient.eq(0).all() for gradient in gradients.values())
 
 
+def kinds(log):
+    return {
+        name: (value.dtype, value.device, value.shape) if torch.is_tensor(value) else type(value)
+        for name, value in log.items()
+    }
+
+
+def test_what_is_logged_is_of_the_same_kinds_with_a_penalty_and_without(together, hosts):  # noqa: F811
+    """fairseq adds up the tensors of all workers in one buffer and their numbers in another."""
+    host, _, update = together()
+    with_a_penalty = kinds(host.step(batch(host), update)[2])
+    assert kinds(host.step(batch(host), update, ignore_grad=True)[2]) == with_a_penalty
+    alone = hosts(0, "--codistill-peers", "1")
+    assert kinds(alone.step(batch(alone), 0)[2]) == with_a_penalty
+
+
 def test_metrics_are_means_over_target_tokens_and_have_one_shape_with_and_without_a_penalty(together, hosts):  # noqa: F811
     host, _, update = together()
     logs = [host.step(batch(host, pairs), update)[2] for pairs in (sentences(3), sentences(5, seed=1))]

@@ -20,7 +20,11 @@ CASES = {
     },
     "half precision": {"flags": ("--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", "4")},
     "automatic mixed precision": {"flags": ("--amp",)},
-    "torch's data parallelism": {"workers": 2, "ddp_backend": "pytorch_ddp", "flags": ("--update-freq", "2")},
+    "torch's data parallelism, and a worker without a batch at an epoch's end": {
+        "workers": 2,
+        "ddp_backend": "pytorch_ddp",
+        "flags": ("--update-freq", "2", "--batch-size", "80", "--max-tokens", "1000"),  # five batches in an epoch
+    },
     "a language model": {"task": LANGUAGE_MODELING, "model": TRANSFORMER_LM},
     "part of the data, BLEU, loader processes": {
         "task": ("--task", "codistill_translation", "--source-lang", "src", "--target-lang", "tgt"),
@@ -55,6 +59,8 @@ def test_weight_0_is_the_plain_training_and_a_penalty_gets_through(trainings, ca
 
     assert [update for update, added in on.penalties().items() if added] == list(range(5, 20))
     assert all(math.isfinite(added) and added >= 0 for added in on.penalties().values())
+    if "workers" in case:  # fairseq gives such a worker a batch whose loss it multiplies by 0
+        assert any(entry["loss"] == 0 for entry in on.records(rank=1) if entry["update"] >= 5)
     assert [line["peers"] for line in on.metrics()] == [1, 1, 1, 1]
     assert sum(line["incidents"] for line in on.metrics()) == 0
     assert {file.name for file in on.save_dir.glob("checkpoint*")} == names
