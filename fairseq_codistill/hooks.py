@@ -14,7 +14,7 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, Optional
 
-from fairseq.distributed import LegacyDistributedDataParallel, ModuleProxyWrapper
+from fairseq.distributed import DistributedTimeoutWrapper, LegacyDistributedDataParallel, ModuleProxyWrapper
 from fairseq.logging import metrics
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -24,7 +24,7 @@ from fairseq_codistill.architectures import architecture, build_unlike
 from fairseq_codistill.average import Average
 from fairseq_codistill.sampling import TrainingData, end_loaders
 
-_WRAPPERS = (ModuleProxyWrapper, DistributedDataParallel, LegacyDistributedDataParallel)
+_WRAPPERS = (DistributedTimeoutWrapper, ModuleProxyWrapper, DistributedDataParallel, LegacyDistributedDataParallel)
 _STATE = "codistill"
 
 

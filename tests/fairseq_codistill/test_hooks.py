@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from fairseq import optim
+from fairseq.distributed import DistributedTimeoutWrapper
 from fairseq.logging import metrics
 from fairseq.tasks.translation import TranslationTask
 
@@ -79,6 +80,17 @@ def test_metrics_reach_fairseqs_log_under_the_same_keys_with_and_without_peers(h
     with metrics.aggregate(new_root=True) as found:
         host.step(batch(host), 0)
     assert {f"codistill_{key}" for key in KEYS} - {"codistill_loss", "codistill_agreement"} <= found.keys()
+
+
+def test_a_model_that_fairseq_watches_for_its_heartbeat_is_told_how_far_it_has_moved(hosts):  # noqa: F811
+    host = hosts(0, *ALONE)
+    host.model = DistributedTimeoutWrapper(host.model, timeout=0)
+    host.step(batch(host), 0)
+    with torch.no_grad():
+        for parameter in host.model.parameters():
+            parameter.add_(1.0)
+    host.step(batch(host), 1)
+    assert host.codistiller.metrics()["distance"] > 0
 
 
 def test_building_a_peers_module_leaves_task_and_generators_alone(hosts):  # noqa: F811
