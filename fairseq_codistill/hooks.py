@@ -1,8 +1,8 @@
 """Where the criterion hooks into fairseq: the task instance, the optimiser's groups, the end of training.
 
 fairseq hands its update counter only to `task.train_step`, asks the task instance for what a checkpoint shall hold,
-and has no end-of-training hook: the record "done training" of its own log is the sign. A process that ends without it
-leaves its last snapshot not marked final.
+and has no end-of-training hook: that every worker tells its log "done training", shown or not, is the sign. A process
+that ends without it leaves its last snapshot not marked final.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+from collections.abc import Callable
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, Optional
@@ -142,7 +143,7 @@ class TaskHooks:
         if self._restored is not None:
             codistiller.load_state_dict(self._restored)
         Finalize(None, codistiller.close, exitpriority=10)  # unlike atexit also where fairseq spawned the process
-        logging.getLogger("fairseq_cli.train").addFilter(self._see_the_end)
+        _when_done(lambda: codistiller.finish(self._updates_done()))
         return codistiller
 
     def _build_peer(self, model: nn.Module) -> nn.Module:
@@ -175,11 +176,6 @@ class TaskHooks:
         if self._host_set is not None:
             self._host_set({key: value for key, value in state.items() if key != _STATE})
 
-    def _see_the_end(self, record: logging.LogRecord) -> bool:
-        if self.codistiller is not None and record.getMessage().startswith("done training"):
-            self.codistiller.finish(self._updates_done())
-        return True
-
     def _updates_done(self) -> int:
         """By the trainer's own word in fairseq's log."""
         # The aggregator that still is active: the one kept under the name "default" is replaced by a resume.
@@ -190,6 +186,23 @@ class TaskHooks:
 def fingerprint(dictionary: Any) -> str:
     """sha256 (hex) of a fairseq dictionary: its symbols in the order of the model's classes."""
     return hashlib.sha256("\n".join(dictionary.symbols).encode()).hexdigest()
+
+
+def _when_done(act: Callable[[], None]) -> None:
+    """Have `act` called once, when fairseq-train tells its log that training is done.
+
+    The record would be no sign: fairseq has the logs of all workers but the first make none of level INFO.
+    """
+    log = logging.getLogger("fairseq_cli.train")
+    host_info = log.info
+
+    def info(message: Any, *arguments: Any, **how: Any) -> None:
+        if isinstance(message, str) and message.startswith("done training"):
+            log.info = host_info  # type: ignore[method-assign]
+            act()
+        host_info(message, *arguments, **{**how, "stacklevel": how.get("stacklevel", 1) + 1})
+
+    log.info = info  # type: ignore[assignment, method-assign]
 
 
 def _placed(module: nn.Module, model: nn.Module) -> nn.Module:

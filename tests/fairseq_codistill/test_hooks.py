@@ -222,6 +222,37 @@ def test_the_end_of_training_publishes_a_final_snapshot_of_the_last_update(hosts
     assert lines(host)[-1]["update"] == 3
 
 
+def test_the_end_is_noticed_where_the_log_does_not_show_it_as_on_all_workers_but_the_first(
+    hosts,  # noqa: F811
+    tmp_path,
+    caplog,
+):
+    caplog.set_level(logging.WARNING, "fairseq_cli.train")
+    host = hosts(0)
+    host.step(batch(host), 0)
+    say(END)
+    assert latest(tmp_path, 0).closed
+    assert END not in caplog.text
+
+
+def test_the_log_still_says_what_it_is_told_and_after_the_end_is_as_it_was(hosts, caplog):  # noqa: F811
+    log = logging.getLogger("fairseq_cli.train")
+    as_it_was = log.info
+    host = hosts(0, *ALONE)
+    host.step(batch(host), 0)
+    assert log.info != as_it_was
+    log.info("Saved checkpoint %s", "last")
+    log.info({"not": "text"})
+    say(END)
+    assert [record.getMessage() for record in caplog.records if record.name == log.name] == [
+        "Saved checkpoint last",
+        "{'not': 'text'}",
+        END,
+    ]
+    assert {record.pathname for record in caplog.records if record.name == log.name} == {__file__}
+    assert log.info == as_it_was
+
+
 def test_the_end_after_a_resume_is_at_the_trainers_update_and_not_at_that_of_the_checkpoint(hosts, tmp_path):  # noqa: F811
     metrics.reset()
     metrics.log_scalar("num_updates", 7, weight=0)

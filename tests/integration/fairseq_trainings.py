@@ -140,6 +140,7 @@ class Training:
         for rank, command in enumerate(commands):
             with open(self._file("out", rank), "ab") as out, open(self._file("err", rank), "ab") as err:
                 recorded = {"FAIRSEQ_RECORD": str(self._file("record", rank)), "FAIRSEQ_PAUSE": str(pause)}
+                recorded["FAIRSEQ_STOP"] = str(self._file("stop", 0))
                 self.processes.append(
                     subprocess.Popen(
                         [sys.executable, str(RUNNER), *command],
@@ -160,6 +161,13 @@ class Training:
         codes = self._end(seconds)
         assert all(code == 0 for code in codes), f"workers ended with {codes}\n{self._tails()}"
         return self
+
+    def end(self, after: int = 50) -> Training:
+        """Have training end normally `after` updates from now, on all workers; returns when it has."""
+        unfinished = self._file("unfinished", 0)
+        unfinished.write_text(str(self.records()[-1]["update"] + after), encoding="utf-8")
+        unfinished.replace(self._file("stop", 0))  # whole at once: they must not read half of it
+        return self.wait()
 
     def fails(self, seconds: float = SECONDS) -> str:
         """Wait for a training that must fail; gives what worker 0 wrote to its error stream."""

@@ -1,7 +1,8 @@
 """Runs one of fairseq's commands the way its console script does: `python run_fairseq.py train …`.
 
 `FAIRSEQ_RECORD=FILE` appends the exact numbers of every batch to FILE (fairseq's own log rounds them), the same for a
-plain training and a codistilled one. `FAIRSEQ_PAUSE=SECONDS` makes every batch take that much longer.
+plain training and a codistilled one. `FAIRSEQ_PAUSE=SECONDS` makes every batch take that much longer. Once FILE of
+`FAIRSEQ_STOP=FILE` is there, training ends after the update that it names, as fairseq ends it for reasons of its own.
 """
 
 import hashlib
@@ -60,6 +61,21 @@ def record(path, pause):
     FairseqTask.train_step, FairseqTask.valid_step = train_step, valid_step
 
 
+def end_when_told(path):
+    from fairseq_cli import train
+
+    plain = train.validate_and_save
+
+    def validate_and_save(cfg, trainer, *others):
+        losses, should_stop = plain(cfg, trainer, *others)
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                should_stop |= trainer.get_num_updates() >= int(file.read())
+        return losses, should_stop
+
+    train.validate_and_save = validate_and_save
+
+
 def allow_ddp_on_cpu():
     """fairseq always names a device to torch's DistributedDataParallel, which torch refuses on a CPU."""
     from fairseq.models import distributed_fairseq_model
@@ -85,6 +101,8 @@ if __name__ == "__main__":
     random.seed(0)  # the one generator that fairseq leaves to chance
     if "FAIRSEQ_RECORD" in os.environ:
         record(os.environ["FAIRSEQ_RECORD"], float(os.environ.get("FAIRSEQ_PAUSE", "0")))
+    if "FAIRSEQ_STOP" in os.environ:
+        end_when_told(os.environ["FAIRSEQ_STOP"])
     if "--cpu" in sys.argv:
         allow_ddp_on_cpu()
     else:

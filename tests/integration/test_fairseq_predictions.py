@@ -82,7 +82,7 @@ def test_whatever_happens_to_a_peer_the_other_goes_on_and_they_meet_again(traini
     met(*peers, since=[last_update(one) for one in peers])
 
 
-def test_peers_meet_at_an_address_without_any_folder(trainings):
+def test_peers_of_two_workers_meet_at_an_address_without_any_folder_and_one_that_ends_is_no_trouble(trainings):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
@@ -93,3 +93,8 @@ def test_peers_meet_at_an_address_without_any_folder(trainings):
         assert len(penalised(one, rank=1)) >= ENOUGH - 2
         assert {line["incidents"] for line in one.metrics()} <= {0}, one.output() + one.errors()
     assert not trainings.exchange.exists()
+
+    peers[1].end()
+    peers[0].reach(last_update(peers[0]) + ENOUGH)
+    for rank in (0, 1):  # of whom only the first tells metrics.jsonl
+        assert "; counted" not in peers[0].output(rank), peers[0].output(rank)[-3000:]
