@@ -47,7 +47,7 @@ class CodistillTranslationTask(TranslationTask):
         """Load `split`; of the training split keep this peer's part."""
         super().load_dataset(split, epoch, combine, **kwargs)
         data = self.data_options
-        if split != "train" or (data.data_fraction == 1 and not data.data_shard):
+        if split != self.cfg.train_subset or (data.data_fraction == 1 and not data.data_shard):
             return
         if data.data_shard and self.shard is None:
             raise SystemExit(

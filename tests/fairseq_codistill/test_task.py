@@ -72,6 +72,14 @@ def test_only_the_training_set_is_cut(task_of, whole):
     assert task.dataset("valid") is task.dataset("test") is whole
 
 
+def test_a_training_set_of_another_name_is_cut_too(task_of, whole):
+    task = task_of("--codistill-data-fraction", "0.2", "--train-subset", "train-clean")
+    for split in ("train-clean", "train"):
+        task.load_dataset(split)
+    assert len(trained_on(task.dataset("train-clean"))) == 10
+    assert task.dataset("train") is whole
+
+
 def test_everything_is_the_default_and_changes_nothing(task_of, whole):
     task = task_of()
     task.load_dataset("train")
