@@ -223,7 +223,11 @@ def _equal_starts(seen: Mapping[int, Seen]) -> dict[int, Refused]:
             groups.setdefault(one.latest.manifest.init_hash, []).append(peer)
     twins = {peer: group[peer == group[0]] for group in groups.values() if len(group) > 1 for peer in group}
     return {
-        peer: Refused("init", f"it started from the same initial weights as peer {twin}; give each peer its own seed")
+        peer: Refused(
+            "init",
+            f"it started from the same initial weights as peer {twin}; give each peer its own seed, or, if both start "
+            "from one checkpoint, some weights of its own (a fresh head)",
+        )
         for peer, twin in twins.items()
     }
 

@@ -660,7 +660,8 @@ def test_a_run_that_shall_fail_on_trouble_ends_with_one_line(peers):
     with pytest.raises(ExchangeFailed) as caught:
         first.step_until(lambda: False)
     assert str(caught.value) == (
-        "peer 1: it started from the same initial weights as this peer; give each peer its own seed; "
+        "peer 1: it started from the same initial weights as this peer; give each peer its own seed, or, if both start "
+        "from one checkpoint, some weights of its own (a fresh head); "
         "ended by --codistill-on-error fail"
     )
 

@@ -363,7 +363,11 @@ class Fetcher:
         if manifest.dtype != self._dtype:
             raise Refused("dtype", f"its weights travel as {manifest.dtype}, the run agreed on {self._dtype}")
         if manifest.init_hash == self._identity.init_hash:
-            raise Refused("init", "it started from the same initial weights as this peer; give each peer its own seed")
+            raise Refused(
+                "init",
+                "it started from the same initial weights as this peer; give each peer its own seed, or, if both start "
+                "from one checkpoint, some weights of its own (a fresh head)",
+            )
 
     def _remember(self, peer: int, path: Path) -> None:
         files = self._files.setdefault(peer, deque())

@@ -234,7 +234,11 @@ class Rendezvous:
     def _judge(self, post: Post) -> None:
         compare_terms(self._run, post.terms, self._terms)
         if post.init_hash == self._init_hash:
-            raise Refused("init", "it started from the same initial weights as this peer; give each peer its own seed")
+            raise Refused(
+                "init",
+                "it started from the same initial weights as this peer; give each peer its own seed, or, if both start "
+                "from one checkpoint, some weights of its own (a fresh head)",
+            )
 
     def _is_ready(self, standing: Standing, now: float) -> bool:
         """Whether we want to be in a group, and the training thread is at work."""

@@ -238,7 +238,7 @@ REFUSALS = {
 LINES = {
     "another vocabulary": "peer 1: its dictionary or class list differs from ours",
     "the same initial weights": "peer 1: it started from the same initial weights as this peer; "
-    "give each peer its own seed",
+    "give each peer its own seed, or, if both start from one checkpoint, some weights of its own (a fresh head)",
     "another precision": "peer 1: its weights travel as float16, the run agreed on float32",
     "NaN weights": "peer 1: snapshot: c holds NaN or infinity",
     "wrong names": "peer 1: snapshot: 'c' is missing",

@@ -407,7 +407,12 @@ def test_one_that_has_gone_is_left_out_at_once(jobs):
 @pytest.mark.parametrize(
     ("changes", "cause", "line"),
     [
-        ({"start": 0}, "init", "it started from the same initial weights as this peer; give each peer its own seed"),
+        (
+            {"start": 0},
+            "init",
+            "it started from the same initial weights as this peer; give each peer its own seed, or, if both start "
+            "from one checkpoint, some weights of its own (a fresh head)",
+        ),
         ({"terms": {**TERMS, "workers": 2}}, "terms", "run run was started with workers=2, not 1"),
     ],
 )
