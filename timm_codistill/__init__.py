@@ -13,7 +13,8 @@ A train.py of one's own needs three lines instead, and a seed of its own for eac
     for epoch in task.epochs(range(start_epoch, epochs), loader_train, optimizer, save_dir=output_dir):
 
 and, for exchange by prediction, `task.batches(loader_train)` where it goes through the loader, and where it calls
-timm's Mixup, `task.mixing(mixup_fn)`.
+timm's Mixup, `task.mixing(mixup_fn)`; for `--codistill-sync`, `task.remember_generators()` on every worker just before
+a checkpoint is saved.
 
 The names are looked up when first used: a checkout of timm brings its own package, and importing this one must not load
 another timm before train.py's folder is on the path.

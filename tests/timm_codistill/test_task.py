@@ -1,5 +1,6 @@
 """CodistillationTask: its penalty, and everything timm's ClassificationTask does."""
 
+import copy
 import inspect
 import json
 import time
@@ -288,6 +289,31 @@ def test_an_epoch_of_which_much_was_skipped_counts_as_whole(peers):
         *((Position(2, number), 9 + count) for count, number in enumerate((0, 3, 4, 5, 6, 7))),
     ]
     assert task.updates == 16
+
+
+def test_a_loop_of_one_s_own_that_remembers_the_generators_before_it_saves_goes_on_with_the_same_bits(peers):
+    def train(epochs, seed, saved=None):
+        torch.manual_seed(seed)
+        model = create_model("test_vit", num_classes=5, img_size=32, drop_rate=0.5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        shuffled = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=4, shuffle=True)
+        task = peers.task(0, model, "--codistill-sync", peers=1)
+        if saved is not None:
+            model.load_state_dict(saved["model"])
+            task.load_task_state(saved["task"])
+        for _ in task.epochs(epochs, shuffled, optimizer, save_dir=peers.folder / "0"):
+            for images, labels in shuffled:
+                task(images, labels)["loss"].backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                task.update_ema()
+            task.remember_generators()
+            saved = saved or {"model": copy.deepcopy(model.state_dict()), "task": task.get_task_state()}
+        return model.state_dict(), saved
+
+    whole, saved = train(range(2), seed=1)
+    again, _ = train(range(1, 2), seed=2, saved=saved)
+    torch.testing.assert_close(again, whole, rtol=0, atol=0)
 
 
 def test_a_loop_of_one_s_own_that_leaves_the_order_to_the_loader_is_told_how_to_coordinate(peers):
