@@ -131,7 +131,8 @@ def _user_dir(arguments: argparse.Namespace) -> int:
     spec = importlib.util.find_spec(package)  # finds a top-level package without running any of its code
     if spec is None or spec.origin is None:
         print(
-            f"codistill: the package {package} is not installed; try: pip install 'codistill[{arguments.framework}]'",
+            f"codistill: the package {package} is not installed; in codistill's own folder: "
+            f"pip install '.[{arguments.framework}]'",
             file=sys.stderr,
         )
         return 1

@@ -44,7 +44,8 @@ def test_a_missing_plug_in_is_one_line_on_standard_error(capsys, monkeypatch):
     printed, complaints = capsys.readouterr()
     assert printed == ""
     assert complaints == (
-        "codistill: the package fairseq_codistill is not installed; try: pip install 'codistill[fairseq]'\n"
+        "codistill: the package fairseq_codistill is not installed; in codistill's own folder: "
+        "pip install '.[fairseq]'\n"
     )
 
 
