@@ -85,8 +85,8 @@ class Panel:
         y: what y is, with its unit.
         title: above the panel.
         log_y: y in logarithmic steps.
-        span: show at most so much above the lowest mean, so that a steep beginning does not flatten the rest; not with
-            log_y.
+        span: show at most so much above the lowest mean (negative: below the highest), so that a steep beginning does
+            not flatten the rest; not with log_y.
     """
 
     curves: Mapping[str, Curve]
@@ -127,7 +127,7 @@ def run(
     keys = _keys(show)
     _check_files(out, table)
     if out is not None and importlib.util.find_spec("matplotlib") is None:
-        return _fail("pictures need matplotlib; try: pip install 'codistill[plot]', or --csv without --out")
+        return _fail("pictures need matplotlib; try: pip install matplotlib, or --csv without --out")
     lines = _read_lines(runs)
     drawn = {key: _curves(lines, key, against) for key in keys}
     if missing := [key for key in keys if not drawn[key]]:
@@ -169,8 +169,8 @@ def mean_of(runs: Sequence[Sequence[Point]]) -> Curve:
 
 
 def half_interval(values: Sequence[float]) -> float:
-    """How far the 95 % interval of a mean reaches to either side (Student's t); NaN for a single value."""
-    if len(values) < 2:
+    """How far the 95 % interval of a mean reaches to either side (Student's t); NaN unless two or more, all finite."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
         return math.nan
     return student_t(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
 
@@ -244,8 +244,9 @@ def _draw_panel(axes: Any, panel: Panel, names: Sequence[str]) -> None:
     heights = [y for curve in panel.curves.values() for y in curve.mean]
     if panel.log_y and any(y > 0 for y in heights):
         axes.set_yscale("log")
-    elif panel.span is not None and heights and max(heights) > min(heights) + panel.span:
-        axes.set_ylim(min(heights) - 0.05 * panel.span, min(heights) + panel.span)
+    elif panel.span is not None and heights and max(heights) - min(heights) > abs(panel.span):
+        edge = min(heights) if panel.span > 0 else max(heights)
+        axes.set_ylim(sorted((edge - 0.05 * panel.span, edge + panel.span)))
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
 

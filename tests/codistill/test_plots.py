@@ -13,7 +13,7 @@ import pytest
 from codistill import plots
 from codistill.cli import main
 from codistill.curves import Against
-from codistill.plots import Curve, Panel, draw, mean_of, student_t
+from codistill.plots import Curve, Panel, draw, half_interval, mean_of, student_t
 
 ROOT = Path(__file__).resolve().parents[2]
 T2 = 0.95 * math.sqrt(2 / (1 - 0.95**2))  # Student's t for 2 degrees of freedom, in closed form
@@ -69,6 +69,20 @@ def test_a_mean_is_never_of_fewer_runs_than_all():
     assert curve.x == [4, 8, 10]
     assert curve.mean == pytest.approx([2.0, 8.0, (10 + 8 - 8 / 6) / 2])
     assert list(mean_of([[(0, 1.0)], [(5, 1.0)]]).x) == []
+
+
+def test_an_interval_needs_two_values_all_of_them_finite():
+    assert half_interval([1.0, 3.0]) == pytest.approx(12.7062)
+    assert all(math.isnan(half_interval(values)) for values in ([1.0], [1.0, math.nan], [1.0, math.inf, 2.0]))
+
+
+@pytest.mark.parametrize(
+    ("span", "shown"), [(2.0, (-0.1, 2.0)), (-2.0, (8.0, 10.1)), (20.0, (-0.5, 10.5)), (None, (-0.5, 10.5))]
+)
+def test_a_span_cuts_off_what_is_far_from_the_best(span, shown):
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    plots._draw_panel(axes, Panel({"line": Curve([1, 2, 3], [0.0, 4.0, 10.0])}, "x", "y", span=span), ["line"])
+    assert axes.get_ylim() == pytest.approx(shown)
 
 
 @pytest.mark.parametrize(("suffix", "begin"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".SVG", b"<?xml")])
@@ -179,7 +193,7 @@ def test_without_matplotlib_a_picture_is_refused_with_the_remedy_and_numbers_are
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # Python's own way to say: cannot be found
     arguments = [f"{seeds}/alone", "--show", "distance"]
     assert main(["plot", *arguments, "--out", str(seeds / "x.png")]) == 1
-    complaint = "pictures need matplotlib; try: pip install 'codistill[plot]', or --csv without --out"
+    complaint = "pictures need matplotlib; try: pip install matplotlib, or --csv without --out"
     assert capsys.readouterr() == ("", f"codistill: {complaint}\n")
     assert main(["plot", *arguments, "--csv", str(seeds / "x.csv")]) == 0
 
