@@ -12,6 +12,7 @@ import pytest
 from recipes.embedded.nmt.arms import Arm as NmtArm
 from recipes.embedded.nmt.settings import Corpus
 from recipes.embedded.nmt.settings import Training as NmtTraining
+from recipes.embedded.processes import ProcessFailed
 from recipes.embedded.progress import Progress
 from recipes.embedded.reproduce import results, runner, search, settings
 from recipes.embedded.reproduce.__main__ import main
@@ -26,7 +27,7 @@ from recipes.embedded.reproduce.figures import (
     REDUCE,
     REDUCE_CONSTANT,
 )
-from recipes.embedded.reproduce.settings import SEEDS
+from recipes.embedded.reproduce.settings import SEEDS, Tuned
 from recipes.embedded.reproduce.trainings import Place
 from recipes.embedded.reproduce.verdicts import Part, Term, above, alike, decide, judge, not_worse, together
 from recipes.embedded.steps import digest
@@ -68,7 +69,24 @@ def test_what_a_claim_compares_is_trained_for_its_figures_from_their_seeds():
         assert {cell for part in claim.parts for term in part.terms for cell in term.cells} <= trained, claim.key
     for key in ("C1", "C2", "C3", "C6", "C7"):
         [claim] = [claim for claim in CLAIMS if claim.key == key]
-        assert all(BY_KEY[figure].seeds == SEEDS for figure in claim.figures)
+        assert all(set(BY_KEY[figure].seeds) >= set(SEEDS) for figure in claim.figures)
+
+
+def test_every_figure_shows_a_part_of_each_claim_it_is_for():
+    for claim in CLAIMS:
+        for key in claim.figures:
+            assert any(part.compared <= BY_KEY[key].shown() for part in claim.parts), (claim.key, key)
+    [c8] = [claim for claim in CLAIMS if claim.key == "C8"]
+    shown = {key: [part.says for part in c8.parts if part.compared <= BY_KEY[key].shown()] for key in c8.figures}
+    assert [len(parts) for parts in shown.values()] == [4, 4, 2]
+    assert all(says.startswith("Transformer") for says in shown["16"])
+
+
+def test_a_figure_alone_is_trained_in_the_folders_of_all_figures():
+    shared = {(run.cell, run.seed): run.arm.folder for run in runner.runs_of(FIGURES, PLACE)}
+    for figure in FIGURES:
+        for run in runner.runs_of([figure], PLACE):
+            assert run.arm.folder == shared[run.cell, run.seed], run.cell.slug
 
 
 @pytest.mark.parametrize("place", [PLACE, QUICK], ids=["full", "quick"])
@@ -97,6 +115,21 @@ def test_the_schedules_are_those_of_the_paper():
     assert shown(replace(PEERS, schedule="cosine"))[1] is None
 
 
+def test_out_of_the_box_has_the_baselines_settings_at_half_the_learning_rate():
+    tuned = settings.CHOSEN["resnet", "constant"]
+    for baseline, peers in ((GOYAL, BOX), (REDUCE_CONSTANT, PEERS_CONSTANT)):
+        arms = [PLACE.arm(cell, 0) for cell in (baseline, peers)]
+        assert [arm.lr for arm in arms] == [tuned.lr, tuned.lr / 2]
+        assert {arm.training.weight_decay for arm in arms} == {tuned.regularisation}
+
+
+def test_both_workers_of_the_baseline_take_the_images_in_an_order_of_the_seeds_own():
+    for seed in (0, 3):
+        assert flags(PLACE.arm(REDUCE, seed).train_commands()[0].argv)["--sampler-seed"] == str(seed)
+    demo = VisionArm("all_reduce", 3, VisionTraining(), Path("digits"), Path("arms"))
+    assert "--sampler-seed" not in demo.train_commands()[0].argv
+
+
 def test_an_eighth_of_the_images_is_seen_eight_times_as_often():
     whole, eighth = (flags(PLACE.arm(replace(REDUCE, part=part), 3).train_commands()[0].argv) for part in (1, 8))
     assert int(eighth["--epochs"]) == 8 * int(whole["--epochs"])
@@ -113,6 +146,12 @@ def test_every_different_training_has_a_name_and_a_folder_of_its_own():
 def test_what_is_chosen_is_on_the_searched_grid():
     assert all(tuned in settings.GRIDS[task] for (task, _), tuned in settings.CHOSEN.items())
     assert set(settings.SEARCH_SEEDS).isdisjoint(SEEDS)
+
+
+def test_what_lies_at_the_edge_of_the_grid_is_named():
+    assert search.at_the_edge("resnet", Tuned(0.1, 1e-4)) == ""  # of two values, each is at the edge
+    assert search.at_the_edge("resnet", Tuned(0.3, 1e-4)) == "the greatest learning rate tried"
+    assert search.at_the_edge("nmt", Tuned(3e-3, 0.05)) == "the least regularisation tried"
 
 
 def test_the_demos_finished_trainings_are_still_recognised():
@@ -209,6 +248,17 @@ def test_the_best_of_several_is_the_best_on_average():
     assert judge(part, {key: value for key, value in measured.items() if key[0] != others[0].slug}).verdict == "not run"
 
 
+def test_a_training_loss_is_compared_as_a_share():
+    part = alike("", "train_loss", PEERS, REDUCE)
+    measured = {(PEERS.slug, "train_loss"): {0: 0.105, 1: 0.21}, (REDUCE.slug, "train_loss"): {0: 0.1, 1: 0.2}}
+    judged = judge(part, measured)
+    assert math.expm1(judged.mean) == pytest.approx(0.05)
+    assert math.expm1(part.bound) == pytest.approx(settings.MARGINS["train_loss"])
+    assert judged.verdict == "holds"
+    measured[PEERS.slug, "train_loss"] = {0: 0.0, 1: 0.21}
+    assert judge(part, measured).verdict == "undecided"
+
+
 def test_worse_means_lower_accuracy_and_higher_loss():
     assert (not_worse("", "top1", PEERS, REDUCE).rule, not_worse("", "top1", PEERS, REDUCE).bound) == ("above", -0.5)
     assert not_worse("", "valid_nll", PEERS, REDUCE).rule == "below"
@@ -262,7 +312,45 @@ def test_the_page_follows_from_the_numbers_alone(tmp_path):
     assert (tmp_path / pictures[0]).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_diverged_training_is_told_and_keeps_no_page_from_being_written(tmp_path):
+    folder = tmp_path / "reproduction"
+    folder.mkdir()
+    write_runs(
+        folder, {REDUCE_CONSTANT: {"top1": [97.0, math.nan, 98.0]}, PEERS_CONSTANT: {"top1": [95.9, 95.0, 97.1]}}
+    )
+    assert main(["--page-only", "--out", str(tmp_path)]) == 0
+    lines = (tmp_path / "reproduction.md").read_text(encoding="utf-8").splitlines()
+    assert "| all_reduce | validation top-1 (%) | diverged: 1 of 3 | 0 1 2 |" in lines
+    assert "C3: **undecided**." in lines
+
+
 # a training
+
+
+def test_a_training_whose_peers_went_missing_does_not_count(tmp_path):
+    run = runner.Run(PEERS, 0, "test", Place(tmp_path).arm(PEERS, 0))
+    for member, peers in enumerate(([0, 1, 1, 1, 1], [0, 1, 0, 0, 1])):
+        run.arm.save_dir(member).mkdir(parents=True)
+        rows = [json.dumps({"update": 8 * number, "peers": n}) for number, n in enumerate(peers, 1)]
+        (run.arm.save_dir(member) / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    with pytest.raises(ProcessFailed, match="model 1 had a peer in use in 50% of its intervals"):
+        run.check()
+    replace(run, cell=replace(PEERS, alpha=0.0)).check()
+
+
+def test_a_training_that_fails_is_told_and_the_others_go_on(tmp_path):
+    place = Place(tmp_path, quick=True)
+    arm = replace(place.arm(REDUCE, 0), data=tmp_path / "nowhere")
+    runs = [runner.Run(REDUCE, seed, "test", replace(arm, seed=seed)) for seed in (0, 1)]
+    said = io.StringIO()
+    assert runner.train(runs, place, Progress(said)) == runs
+    assert said.getvalue().count("ended with status 1") == 2
+    assert [run.seconds for run in runs] == [None, None]
+
+
+def test_a_model_that_comes_with_more_peers_takes_longer():
+    runs = [runner.Run(replace(PEERS, peers=peers), 0, "test", PLACE.arm(PEERS, 0)) for peers in (2, 4)]
+    assert runner.seconds_left(runs[1:]) == 2 * runner.seconds_left(runs[:1])
 
 
 def test_a_finished_training_is_judged_and_not_trained_again(tmp_path):

@@ -16,7 +16,7 @@ from recipes.embedded.progress import Progress
 from recipes.embedded.reproduce import page, results, runner, search
 from recipes.embedded.reproduce.figures import FIGURES, Curves, Figure, Numbers
 from recipes.embedded.reproduce.trainings import Cell, Place
-from recipes.embedded.steps import exclusive
+from recipes.embedded.steps import StepError, exclusive
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,13 +66,15 @@ def _work(args: argparse.Namespace, progress: Progress) -> None:
 def _reproduce(chosen: Sequence[Figure], place: Place, out: Path, progress: Progress) -> None:
     runs = runner.runs_of(chosen, place)
     runner.prepare(place, {run.cell.task for run in runs}, progress)
-    runner.train(runs, place, progress)
+    failed = runner.train(runs, place, progress)
     evaluated = _evaluated(chosen)
-    runner.evaluate([run for run in runs if run.cell in evaluated], place, progress)
+    runner.evaluate([run for run in runs if run.cell in evaluated and run not in failed], place, progress)
     everything = [(run.cell, run.seed, run.arm) for run in runner.runs_of(FIGURES, place)]
     results.write(out / "reproduction", everything, _drawn())
     page.write(out, results.read(out / "reproduction"), quick=place.quick)
     progress.say(f"figures, numbers and verdicts: {out / 'reproduction.md'}")
+    if failed:
+        raise StepError(f"{len(failed)} of {len(runs)} trainings failed (above); run again to try those once more")
 
 
 def _evaluated(figures: Sequence[Figure]) -> set[Cell]:

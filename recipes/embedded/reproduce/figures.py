@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import log2
 
-from recipes.embedded.reproduce.settings import FEW_SEEDS, SEEDS
+from recipes.embedded.reproduce.settings import FEW_SEEDS, MORE_SEEDS, SEEDS
 from recipes.embedded.reproduce.trainings import Cell
 
 
@@ -69,8 +69,18 @@ class Figure:
         """What has to be trained for it, each once."""
         return list(dict.fromkeys(cell for panel in self.panels for cell in _cells(panel, quick)))
 
+    def shown(self) -> set[tuple[Cell, str]]:
+        """Cells and metrics that it shows."""
+        found = set()
+        for panel in self.panels:
+            if isinstance(panel, Numbers):
+                found |= {(cell, metric) for _, cell, metric in panel.rows}
+            else:
+                found |= {(cell, panel.metric) for cell in _cells(panel)}
+        return found
 
-def _cells(panel: Curves | Sweep | Numbers, quick: bool) -> list[Cell]:
+
+def _cells(panel: Curves | Sweep | Numbers, quick: bool = False) -> list[Cell]:
     if isinstance(panel, Curves):
         return list(panel.lines.values())
     if isinstance(panel, Numbers):
@@ -92,11 +102,11 @@ SMOOTH = replace(REDUCE, smoothing=0.1)
 _NAMES = ("all_reduce", "codistill")
 BATCHES = (1, 2, 4)
 _PARTS = (1, 2, 4, 8)
-_OFTEN = (0.5, 1, 2, 4)
-_OFTEN_T = (0.25, 0.5, 1, 2)
-_RATES = (0.5, 1, 2, 4)
-ALPHAS = (0.25, 0.5, 1, 2, 4)
-STARTS = {1.0: (0.5, 1.0, 2.0), 1.1: (0.25, 0.5, 1.0), 1.5: (0.0005, 0.002, 0.008)}  # growth: alpha at the start
+_OFTEN = (0.5, 1.0, 2.0, 4.0)
+_OFTEN_T = (0.25, 0.5, 1.0)
+_RATES = (0.5, 1.0, 2.0, 4.0)
+ALPHAS = (0.25, 0.5, 1.0, 2.0, 4.0)
+STARTS = {1.0: (0.25, 0.5, 1.0, 2.0), 1.1: (0.25, 0.5, 1.0), 1.5: (0.0005, 0.002, 0.008)}  # growth: alpha at the start
 
 
 def _pair(metric: str, one: Cell, other: Cell) -> Curves:
@@ -133,11 +143,13 @@ FIGURES = (
         "1",
         "ResNet, schedule and weight decay of the baseline: out of the box",
         [_pair("train_loss", GOYAL, BOX), _pair("top1", GOYAL, BOX), _pair("distance", GOYAL, BOX)],
+        MORE_SEEDS,
     ),
     Figure(
         "2",
         "ResNet and ResNeXt, shifted milestones and decreasing weight decay: validation accuracy",
         _pairs("top1", STEP),
+        MORE_SEEDS,
     ),
     Figure(
         "3",
@@ -170,16 +182,19 @@ FIGURES = (
         "8",
         "The trainings of Figure 2: training loss",
         _pairs("train_loss", STEP),
+        MORE_SEEDS,
     ),
     Figure(
         "9",
         "The ResNets of Figure 2: training loss and validation accuracy",
         [_pair("train_loss", REDUCE, PEERS), _pair("top1", REDUCE, PEERS)],
+        MORE_SEEDS,
     ),
     Figure(
         "10",
         "The ResNeXts of Figure 2: training loss and validation accuracy",
         [_pair("train_loss", REDUCE_X, PEERS_X), _pair("top1", REDUCE_X, PEERS_X)],
+        MORE_SEEDS,
     ),
     Figure(
         "11",
@@ -190,6 +205,7 @@ FIGURES = (
         "12",
         "ResNet, shifted milestones, but the weight decay stays constant",
         [_pair("train_loss", REDUCE_CONSTANT, PEERS_CONSTANT), _pair("top1", REDUCE_CONSTANT, PEERS_CONSTANT)],
+        MORE_SEEDS,
     ),
     Figure(
         "13",
@@ -219,7 +235,6 @@ FIGURES = (
         "16",
         "Transformer, frequency of exchange",
         [_swept("valid_nll", "often", _OFTEN_T, _OFTEN_AXIS, PEERS_T, all_reduce=REDUCE_T)],
-        FEW_SEEDS,
     ),
     Figure(
         "17",
@@ -287,18 +302,21 @@ FIGURES = (
             Sweep(
                 "valid_nll",
                 {
-                    cell.way: [(value, replace(cell, smoothing=other)) for value, other in values]
-                    for cell in (REDUCE_T, PEERS_T)
-                    for values in [((0.0, 0.0), (0.1, None), (0.2, 0.2))]
+                    "all_reduce": [
+                        (0.0, replace(REDUCE_T, smoothing=0.0)),
+                        (0.1, REDUCE_T),
+                        (0.2, replace(REDUCE_T, smoothing=0.2)),
+                    ]
                 },
                 "label smoothing, Transformer (0.1 is the base's)",
+                {"codistill, 0.1": PEERS_T},
             ),
         ],
         FEW_SEEDS,
     ),
     Figure(
         "averaging",
-        "The mean of both models' final weights as one model",
+        "The mean of both models' weights as one model",
         [
             Numbers(
                 [

@@ -6,6 +6,7 @@ CSV files that `results` reads; nothing is trained. What has not been run is sai
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -18,7 +19,7 @@ from recipes.embedded.reproduce.claims import CLAIMS, Claim
 from recipes.embedded.reproduce.figures import FIGURES, Curves, Figure, Numbers, Sweep
 from recipes.embedded.reproduce.results import Results
 from recipes.embedded.reproduce.trainings import Cell
-from recipes.embedded.reproduce.verdicts import Judgement, Verdict, judge, together
+from recipes.embedded.reproduce.verdicts import Judgement, Part, Verdict, judge, together
 
 NAME = "reproduction"
 TEXT = Path(__file__).with_name("reproduction.in.md")
@@ -39,7 +40,7 @@ def write(out: Path, found: Results, *, quick: bool = False) -> None:
         "claims": _overview(verdicts),
         "margins": _margins(),
         "chosen": _chosen(results.read(folder / search.NAME)),
-        "figures": (line for figure in FIGURES for line in _figure(figure, found, verdicts, figure.key in drawn)),
+        "figures": (line for figure in FIGURES for line in _figure(figure, found, judged, figure.key in drawn)),
         "parts": (line for claim in CLAIMS for line in _claim(claim, verdicts[claim.key], judged[claim.key])),
     }
     text = re.sub(r"^\[\[(\w+)\]\]$", lambda mark: "\n".join(parts[mark[1]]), TEXT.read_text("utf-8"), flags=re.M)
@@ -50,9 +51,9 @@ def _margins() -> Iterator[str]:
     for metric, unit in (
         ("top1", "points of top-1"),
         ("valid_nll", "bits of NLL"),
-        ("train_loss", "nats of training loss"),
     ):
         yield f"* {settings.MARGINS[metric]:g} {unit}"
+    yield f"* {100 * settings.MARGINS['train_loss']:g} % of the training loss"
 
 
 def _overview(verdicts: Mapping[str, Verdict]) -> Iterator[str]:
@@ -67,6 +68,8 @@ def _chosen(searched: Results) -> Iterator[str]:
     rows = []
     for (task, kind), tuned in settings.CHOSEN.items():
         what = f"{tuned.lr:g}, {'dropout' if task == 'nmt' else 'weight decay'} {tuned.regularisation:g}"
+        if edge := search.at_the_edge(task, tuned):
+            what += f" ({edge})"
         shown = []
         if (task, kind) in tried:
             base, means = tried[task, kind]
@@ -76,7 +79,7 @@ def _chosen(searched: Results) -> Iterator[str]:
     yield from _table(("task", "kind", "learning rate and regularisation", "tried: top-1 (%), NLL (bits)"), rows)
 
 
-def _figure(figure: Figure, found: Results, verdicts: Mapping[str, Verdict], drawn: bool) -> Iterator[str]:
+def _figure(figure: Figure, found: Results, judged: Mapping[str, Sequence[Judgement]], drawn: bool) -> Iterator[str]:
     number = figure.key.isdecimal()
     yield f"### {'Figure ' if number else ''}{figure.key}: {figure.title}"
     yield ""
@@ -86,18 +89,31 @@ def _figure(figure: Figure, found: Results, verdicts: Mapping[str, Verdict], dra
     rows = [row for panel in figure.panels for row in _numbers(panel, found)]
     yield from _table(("", "", "mean ± 95 % interval", "seeds"), rows)
     yield ""
-    claims = [f"{claim.key} {verdicts[claim.key]}" for claim in CLAIMS if figure.key in claim.figures]
+    yield f"{', '.join(_verdicts(figure, judged)) or 'No claim'}."
     took = sum(sum(found.seconds.get(cell.slug, {}).values()) for cell in figure.cells())
-    yield f"{', '.join(claims) or 'No claim'}. `{COMMAND} FIG={figure.key}`, {took / 60:.0f} minutes of training."
+    yield f"`{COMMAND} FIG={figure.key}`, {took / 60:.0f} minutes of training."
     yield ""
+
+
+def _verdicts(figure: Figure, judged: Mapping[str, Sequence[Judgement]]) -> Iterator[str]:
+    """Of every claim that the figure is to show: what comes of the parts that it shows."""
+    shown = figure.shown()
+    for claim in CLAIMS:
+        if figure.key in claim.figures:
+            seen = [one for one in judged[claim.key] if one.part.compared <= shown]
+            share = "" if len(seen) == len(claim.parts) else f", {len(seen)} of {len(claim.parts)} parts"
+            yield f"{claim.key}{share}: **{together([one.verdict for one in seen])}**"
 
 
 def _numbers(panel: Curves | Sweep | Numbers, found: Results) -> Iterator[list[str]]:
     for name, cell, metric in _entries(panel):
         seeds = found.ends.get((cell.slug, metric), {})
         digits = DIGITS.get(metric, 3)
+        lost = sum(not math.isfinite(value) for value in seeds.values())
         if not seeds:
             shown = "not run"
+        elif lost:
+            shown = f"diverged: {lost} of {len(seeds)}"
         else:
             half = half_interval(list(seeds.values()))
             shown = f"{mean(seeds.values()):.{digits}f}" + (f" ± {half:.{digits}f}" if half == half else "")
@@ -133,21 +149,26 @@ def _claim(claim: Claim, verdict: Verdict, judged: Sequence[Judgement]) -> Itera
     yield ""
     rows = []
     for one in judged:
-        digits = DIGITS.get(one.part.terms[0].metric, 3) + 1
         known = one.low == one.low
-        shown = f"{one.mean:.{digits}f}" if one.seeds else ""
-        span = f"{one.low:.{digits}f} to {one.high:.{digits}f}" if known else ""
+        shown = _amount(one.part, one.mean) if one.seeds else ""
+        span = f"{_amount(one.part, one.low)} to {_amount(one.part, one.high)}" if known else ""
         rows.append(
-            [one.part.says, _bound(one), shown, span, f"{one.p:.3f}" if known else "", f"{one.seeds}", one.verdict]
+            [one.part.says, _bound(one.part), shown, span, f"{one.p:.3f}" if known else "", f"{one.seeds}", one.verdict]
         )
     yield from _table(("part", "holds if", "mean", "95 % interval", "p", "seeds", "verdict"), rows)
     yield ""
 
 
-def _bound(one: Judgement) -> str:
-    if one.part.rule == "within":
-        return f"within ±{one.part.bound:g}"
-    return f"{one.part.rule} {one.part.bound:g}"
+def _amount(part: Part, value: float) -> str:
+    """A sum in the metric's unit; of logarithms, in percent."""
+    if part.relative:
+        return f"{100 * math.expm1(value):+.1f} %"
+    return f"{value:.{DIGITS.get(part.terms[0].metric, 3) + 1}f}"
+
+
+def _bound(part: Part) -> str:
+    bound = f"{100 * math.expm1(part.bound):g} %" if part.relative else f"{part.bound:g}"
+    return f"within ±{bound}" if part.rule == "within" else f"{part.rule} {bound}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

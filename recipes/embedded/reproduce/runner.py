@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from recipes.embedded import measures
 from recipes.embedded.nmt import demo as nmt
 from recipes.embedded.nmt.settings import Corpus
-from recipes.embedded.processes import Command, run_all
+from recipes.embedded.processes import Command, ProcessFailed, run_all
 from recipes.embedded.progress import Progress, clock
 from recipes.embedded.reproduce import settings
 from recipes.embedded.reproduce.figures import Figure
@@ -51,9 +52,26 @@ class Run:
     @property
     def update(self) -> int:
         """The update of the last model, as far as its metrics tell."""
+        return min(int(seen[-1]["update"]) if seen else 0 for seen in self._metrics())
+
+    def check(self) -> None:
+        """See that what was to codistil did, from the second interval after the burn-in on.
+
+        Raises:
+            ProcessFailed: some model had no peer in use at the end of too many intervals.
+        """
+        if self.cell.way == "all_reduce" or self.cell.alpha == 0:
+            return
+        training = self.arm.training
+        for member, rows in enumerate(self._metrics()):
+            tied = measures.together([row for row in rows if row["update"] > training.burn_in + training.interval])
+            if tied < settings.TOGETHER:
+                raise ProcessFailed(f"model {member} had a peer in use in {tied:.0%} of its intervals; see its log")
+
+    def _metrics(self) -> list[list[dict[str, Any]]]:
+        """Of every model what it has logged so far."""
         logs = [self.arm.save_dir(member) / "metrics.jsonl" for member in range(self.arm.members)]
-        rows = [measures.read_metrics(log)[-1:] if log.exists() else [] for log in logs]
-        return min(int(seen[0]["update"]) if seen else 0 for seen in rows)
+        return [measures.read_metrics(log) if log.exists() else [] for log in logs]
 
 
 def runs_of(figures: Iterable[Figure], place: Place) -> list[Run]:
@@ -67,14 +85,14 @@ def runs_of(figures: Iterable[Figure], place: Place) -> list[Run]:
 
 
 def seconds_left(runs: Sequence[Run], quick: bool = False) -> float:
-    """What the unfinished runs take, by what those like them took."""
+    """What the unfinished runs take, by what those like them took for each model."""
     took = [(run, seconds) for run in runs if (seconds := run.seconds) is not None]
 
     def expected(run: Run) -> float:
         for same in (_kind, lambda other: (other.cell.task, other.cell.way), lambda other: other.cell.task):
-            alike = [seconds for other, seconds in took if same(other) == same(run)]
+            alike = [seconds / other.cell.peers for other, seconds in took if same(other) == same(run)]
             if alike:
-                return mean(alike)
+                return run.cell.peers * mean(alike)
         return QUICK_GUESS if quick else GUESS[run.cell.task] * run.cell.peers / 2
 
     return sum(expected(run) for run in runs if run.seconds is None)
@@ -94,16 +112,17 @@ def prepare(place: Place, tasks: Iterable[Task], progress: Progress) -> None:
     if wanted & {"resnet", "resnext"}:
         from recipes.embedded.vision.data import write_digits
 
-        write_digits(place.own / "digits", validation=settings.VALIDATION)
+        write_digits(place.digits, validation=settings.VALIDATION)
     if "nmt" in wanted:
         with exclusive(place.data / "nmt"):
             nmt.prepare_corpus(place.data, Corpus(), progress)
 
 
-def train(runs: Sequence[Run], place: Place, progress: Progress) -> None:
-    """Train the runs that are not finished."""
+def train(runs: Sequence[Run], place: Place, progress: Progress) -> list[Run]:
+    """Train the runs that are not finished; returns those that failed, which the next call tries again."""
     todo = [run for run in runs if run.seconds is None]
     progress.say(f"{len(runs)} trainings, {len(runs) - len(todo)} of them finished")
+    failed = []
     for run in todo:
         number = 1 + runs.index(run)
         left = seconds_left(runs, place.quick)
@@ -112,18 +131,25 @@ def train(runs: Sequence[Run], place: Place, progress: Progress) -> None:
         def build(folder: Path, run: Run = run, label: str = label, left: float = left) -> Mapping[str, float]:
             watch = _watch(run, label, left, progress)
             seconds = run_all(run.arm.train_commands(), limit=RUN_SECONDS, watch=watch)
+            run.check()
             _tidy(folder)
             return {"seconds": seconds}
 
         progress.show(f"{label}: starting, {_duration(left)} left")
-        seconds = step(run.arm.folder, run.arm.settings, build)["seconds"]
-        progress.say(f"{label}: {clock(seconds)}, {_duration(seconds_left(runs, place.quick))} left")
+        try:
+            seconds = step(run.arm.folder, run.arm.settings, build)["seconds"]
+        except ProcessFailed as error:
+            progress.say(f"{label}: {error}")
+            failed.append(run)
+        else:
+            progress.say(f"{label}: {clock(seconds)}, {_duration(seconds_left(runs, place.quick))} left")
+    return failed
 
 
 def evaluate(runs: Sequence[Run], place: Place, progress: Progress) -> None:
     """Judge the runs' models beyond what the trainings say themselves, unless that is done."""
     todo = [run for run in runs if not (run.arm.folder / EVALUATION).exists()]
-    for kind, data in (("vision", place.own / "digits"), ("nmt", place.data / "nmt" / "corpus")):
+    for kind, data in (("vision", place.digits), ("nmt", place.data / "nmt" / "corpus")):
         folders = [str(run.arm.folder) for run in todo if (run.cell.task == "nmt") == (kind == "nmt")]
         if not folders:
             continue

@@ -12,15 +12,25 @@ from statistics import mean
 from recipes.embedded.progress import Progress
 from recipes.embedded.report import table
 from recipes.embedded.reproduce import results, runner, settings
-from recipes.embedded.reproduce.figures import APART, APART_T, PEERS, PEERS_T, PEERS_X, REDUCE, REDUCE_T, REDUCE_X
+from recipes.embedded.reproduce.figures import (
+    APART,
+    APART_T,
+    GOYAL,
+    PEERS,
+    PEERS_T,
+    PEERS_X,
+    REDUCE,
+    REDUCE_T,
+    REDUCE_X,
+)
 from recipes.embedded.reproduce.results import Results
 from recipes.embedded.reproduce.runner import Run
-from recipes.embedded.reproduce.settings import Tuned
+from recipes.embedded.reproduce.settings import Task, Tuned
 from recipes.embedded.reproduce.trainings import Cell, Place
 from recipes.embedded.reproduce.verdicts import HIGHER_IS_BETTER
 
 NAME = "search"
-BASES = (REDUCE, PEERS, APART, REDUCE_X, PEERS_X, REDUCE_T, PEERS_T, APART_T)
+BASES = (REDUCE, GOYAL, PEERS, APART, REDUCE_X, PEERS_X, REDUCE_T, PEERS_T, APART_T)
 
 
 def grid(base: Cell) -> dict[Tuned, Cell]:
@@ -45,10 +55,26 @@ def search(place: Place, out: Path, progress: Progress) -> None:
     rows, chosen = [], []
     for base, means in found.items():
         best = (max if base.metric in HIGHER_IS_BETTER else min)(means, key=lambda tuned: means[tuned])
-        chosen.append(f'    ("{base.task}", "{base.kind}"): Tuned({best.lr:g}, {best.regularisation:g}),')
+        note = f"  # {edge}" if (edge := at_the_edge(base.task, best)) else ""
+        chosen.append(f'    ("{base.task}", "{base.kind}"): Tuned({best.lr:g}, {best.regularisation:g}),{note}')
         rows += [[base.task, base.kind, *map("{:g}".format, (one.lr, one.regularisation, means[one]))] for one in means]
     progress.say("\n" + table(("task", "kind", "learning rate", "regularisation", "top-1 (%), NLL (bits)"), rows))
     progress.say("\nfor settings.CHOSEN:\n" + "\n".join(chosen))
+
+
+def at_the_edge(task: Task, tuned: Tuned) -> str:
+    """Says which of its values is the least or the greatest of three or more that were tried; empty: none."""
+    tried = {
+        "learning rate": (tuned.lr, {one.lr for one in settings.GRIDS[task]}),
+        "regularisation": (tuned.regularisation, {one.regularisation for one in settings.GRIDS[task]}),
+    }
+    words = [
+        f"the {word} {name} tried"
+        for name, (value, values) in tried.items()
+        for word, edge in (("least", min(values)), ("greatest", max(values)))
+        if len(values) > 2 and value == edge
+    ]
+    return " and ".join(words)
 
 
 def outcomes(found: Results) -> dict[Cell, dict[Tuned, float]]:

@@ -69,6 +69,8 @@ class Cell:
     @property
     def kind(self) -> Kind:
         """Whose settings were searched for it."""
+        if not self.decreasing:
+            return "constant"
         return "independent" if self.alpha == 0 else self.way
 
     @property
@@ -94,6 +96,11 @@ class Place:
         """The reproduction's folder."""
         return self.data / "reproduce"
 
+    @property
+    def digits(self) -> Path:
+        """The images."""
+        return self.own / f"digits-{settings.VALIDATION}"
+
     def arm(self, cell: Cell, seed: int) -> Arm:
         """What trains `cell` from `seed`."""
         return self._translation(cell, seed) if cell.task == "nmt" else self._vision(cell, seed)
@@ -116,13 +123,16 @@ class Place:
             decay=decay if cell.decreasing else (),
             smoothing=cell.smoothing or 0.0,
             validations=settings.VALIDATIONS,
-            alpha=cell.alpha,
+            validation=settings.VALIDATION,
+            by_update=True,
+            shuffled=True,
+            alpha=float(cell.alpha),
             burn_in=0,
             interval=round(settings.INTERVAL / cell.often),
             lr={cell.way: tuned.lr * cell.lr * cell.batch},
             **settings.MODELS[cell.task],
         )
-        return VisionArm(cell.way, seed, training, self.own / "digits", self.own / "vision", _variant(cell))
+        return VisionArm(cell.way, seed, training, self.digits, self.own / "vision", _variant(cell))
 
     def _translation(self, cell: Cell, seed: int) -> NmtArm:
         tuned = _tuned(cell)
@@ -136,7 +146,7 @@ class Place:
             base,
             seed=10 * seed + 1,  # and the next ones, a peer each
             lr=tuned.lr * cell.lr,
-            alpha=cell.alpha,
+            alpha=float(cell.alpha),
             interval=round(settings.NMT_INTERVAL / cell.often),
             label_smoothing=base.label_smoothing if cell.smoothing is None else cell.smoothing,
             dropout={cell.way: tuned.regularisation},
@@ -148,11 +158,11 @@ class Place:
 def _tuned(cell: Cell) -> Tuned:
     if cell.tuned is not None:
         return cell.tuned
-    if cell.way == "codistill" and cell.schedule == "goyal":
+    tuned = settings.CHOSEN[cell.task, cell.kind]
+    if cell.kind == "constant" and cell.way == "codistill":
         # Out of the box: the baseline's own, at the learning rate that goes with half the batch.
-        baseline = settings.CHOSEN[cell.task, "all_reduce"]
-        return replace(baseline, lr=baseline.lr / 2)
-    return settings.CHOSEN[cell.task, cell.kind]
+        return replace(tuned, lr=tuned.lr / 2)
+    return tuned
 
 
 def _variant(cell: Cell) -> Variant:

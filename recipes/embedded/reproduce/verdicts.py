@@ -25,6 +25,7 @@ Verdict = Literal["holds", "does not hold here", "undecided", "not run"]
 Rule = Literal["above", "below", "within"]
 Values = Mapping[int, float]  # by seed
 HIGHER_IS_BETTER = ("top1", "ensemble_top1", "averaged_top1", "agreement")
+RELATIVE = ("train_loss",)  # whose margin is a share
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,19 @@ class Part:
         terms: summed seed by seed.
         rule: where the sum lies: above `bound`, below it, or between -bound and bound.
         bound: in the metric's unit.
+        relative: logarithms of the values are summed, and the bound is one too.
     """
 
     says: str
     terms: tuple[Term, ...]
     rule: Rule
     bound: float = 0.0
+    relative: bool = False
+
+    @property
+    def compared(self) -> set[tuple[Cell, str]]:
+        """Cells and metrics that it is about."""
+        return {(cell, term.metric) for term in self.terms for cell in term.cells}
 
 
 @dataclass(frozen=True)
@@ -83,13 +91,15 @@ def below(says: str, metric: str, one: Cell, other: Cell) -> Part:
 
 def not_worse(says: str, metric: str, one: Cell, other: Cell, *, against: str | None = None) -> Part:
     """`one` is worse by less than the metric's margin, or better; `against` is the other's metric, if not the same."""
-    terms, margin = (Term(1.0, metric, (one,)), Term(-1.0, against or metric, (other,))), MARGINS[metric]
-    return Part(says, terms, "above", -margin) if metric in HIGHER_IS_BETTER else Part(says, terms, "below", margin)
+    terms, margin = (Term(1.0, metric, (one,)), Term(-1.0, against or metric, (other,))), _margin(metric)
+    if metric in HIGHER_IS_BETTER:
+        return Part(says, terms, "above", -margin, metric in RELATIVE)
+    return Part(says, terms, "below", margin, metric in RELATIVE)
 
 
 def alike(says: str, metric: str, one: Cell, other: Cell) -> Part:
     """The two differ by less than the metric's margin, either way."""
-    return Part(says, _difference(metric, one, other), "within", MARGINS[metric])
+    return Part(says, _difference(metric, one, other), "within", _margin(metric), metric in RELATIVE)
 
 
 def judge(part: Part, measured: Mapping[tuple[str, str], Values]) -> Judgement:
@@ -103,7 +113,8 @@ def judge(part: Part, measured: Mapping[tuple[str, str], Values]) -> Judgement:
     seeds = set.intersection(*(set(values) for _, values in chosen))
     if not seeds:
         return Judgement(part, "not run")
-    sums = [sum(weight * values[seed] for weight, values in chosen) for seed in sorted(seeds)]
+    scale = _logarithm if part.relative else float
+    sums = [sum(weight * scale(values[seed]) for weight, values in chosen) for seed in sorted(seeds)]
     return decide(part, sums)
 
 
@@ -134,6 +145,14 @@ def together(verdicts: Sequence[Verdict]) -> Verdict:
         if word in verdicts:
             return "undecided" if word == "not run" and set(verdicts) != {"not run"} else word
     return "holds"
+
+
+def _margin(metric: str) -> float:
+    return math.log1p(MARGINS[metric]) if metric in RELATIVE else MARGINS[metric]
+
+
+def _logarithm(value: float) -> float:
+    return math.log(value) if value > 0 else math.nan
 
 
 def _difference(metric: str, one: Cell, other: Cell) -> tuple[Term, Term]:

@@ -115,6 +115,8 @@ class Arm:
         if t.validations:
             argv += ["--val-interval", str(max(1, self.epochs // t.validations))]
         argv += ["--seed", str(self.seed), "--checkpoint-hist", "1", "--log-interval", "50"]
+        if t.shuffled:
+            argv += ["--sampler-seed", str(self.seed)]
         argv += ["--output", str(self.folder), "--experiment", self.save_dir(member).name]
         return argv
 
@@ -126,11 +128,13 @@ class Arm:
 
     def _schedule(self) -> list[str]:
         t = self.training
+        argv = ["--warmup-epochs", str(self._epoch(t.warmup))]
+        if t.by_update or t.milestones:
+            argv += ["--sched-on-updates"]
         if not t.milestones:
-            return ["--sched", "cosine", "--warmup-epochs", str(self._epoch(t.warmup))]
+            return [*argv, "--sched", "cosine"]
         milestones = [str(self._epoch(share)) for share in t.milestones]
-        argv = ["--sched", "multistep", "--sched-on-updates", "--decay-rate", "0.1", "--decay-milestones", *milestones]
-        return [*argv, "--warmup-epochs", str(self._epoch(t.warmup))]
+        return [*argv, "--sched", "multistep", "--decay-rate", "0.1", "--decay-milestones", *milestones]
 
     def _epoch(self, share: float) -> int:
         return round(share * self.epochs)

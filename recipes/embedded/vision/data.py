@@ -13,7 +13,8 @@ import numpy
 from PIL import Image
 from sklearn.datasets import load_digits
 
-VALIDATION = 360  # of 1,797
+from recipes.embedded.vision.settings import VALIDATION
+
 SEED = 0
 
 

@@ -12,7 +12,7 @@ SEEDS = (0, 1, 2, 3, 4)
 GRID = (0.01, 0.03, 0.1)
 GRID_SEEDS = SEEDS[:3]
 SCANS = 1437  # in the training split that `data.write_digits` makes of scikit-learn's digits
-VALIDATION = 360
+VALIDATION = 360  # the other scans
 DEEPER = "resnet14t"  # the model of every second peer, where peers are unlike
 
 
@@ -32,6 +32,10 @@ class Training:
         decay: (share of the training, weight decay from there on); none: `weight_decay` throughout.
         smoothing: of the labels.
         validations: how many, evenly spread; 0: after every epoch.
+        validation: scans that are validated on.
+        by_update: a cosine schedule goes on at every update; else at every epoch.
+        shuffled: the workers of all_reduce go through the images in an order of the seed's own; else in that of seed 0,
+            as with timm's train.py.
     """
 
     updates: int = 240
@@ -56,6 +60,9 @@ class Training:
     decay: tuple[tuple[float, float], ...] = later(())
     smoothing: float = later(0.0)
     validations: int = later(0)
+    validation: int = later(VALIDATION)
+    by_update: bool = later(False)
+    shuffled: bool = later(False)
 
     def __post_init__(self) -> None:
         whole = self.images // self.batch
