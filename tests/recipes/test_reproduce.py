@@ -336,6 +336,11 @@ def test_a_training_whose_peers_went_missing_does_not_count(tmp_path):
     with pytest.raises(ProcessFailed, match="model 1 had a peer in use in 50% of its intervals"):
         run.check()
     replace(run, cell=replace(PEERS, alpha=0.0)).check()
+    long = replace(run.arm, training=replace(run.arm.training, interval=40))
+    for member in range(2):
+        long.save_dir(member).mkdir(parents=True)
+        (long.save_dir(member) / "metrics.jsonl").write_text('{"update": 40, "peers": 0}\n')
+    replace(run, arm=long).check()  # too short to say
 
 
 def test_a_training_that_fails_is_told_and_the_others_go_on(tmp_path):

@@ -64,8 +64,9 @@ class Run:
             return
         training = self.arm.training
         for member, rows in enumerate(self._metrics()):
-            tied = measures.together([row for row in rows if row["update"] > training.burn_in + training.interval])
-            if tied < settings.TOGETHER:
+            late = [row for row in rows if row["update"] > training.burn_in + training.interval]
+            tied = measures.together(late)
+            if late and tied < settings.TOGETHER:
                 raise ProcessFailed(f"model {member} had a peer in use in {tied:.0%} of its intervals; see its log")
 
     def _metrics(self) -> list[list[dict[str, Any]]]:
