@@ -270,6 +270,7 @@ KINDS = {
     "export": by_export,
     "for": not_ours,
     "jq": not_ours,
+    "tensorboard": not_ours,
 }
 SPANS = ("make", "pip", "python -m")  # in running text these are looked at, too
 
