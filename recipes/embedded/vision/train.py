@@ -84,7 +84,7 @@ parser.add_argument("--model-ema", action="store_true")
 parser.add_argument("--model-ema-decay", type=float, default=0.9998)
 parser.add_argument("--kd-model-name", default=None, help="distil from this network instead")
 parser.add_argument("--seed", type=int, default=42)
-parser.add_argument("--sampler-seed", type=int, default=0, help="of the order of the images, with several workers")
+parser.add_argument("--sampler-seed", type=int, default=None, help="of the images' order with several workers; else 0")
 parser.add_argument("-j", "--workers", type=int, default=4)
 parser.add_argument("--no-prefetcher", action="store_true")
 parser.add_argument("--log-interval", type=int, default=50)
@@ -237,7 +237,7 @@ def build_loaders(args, data_config, device):
         collate_fn=collate_fn,
         **shared,
     )
-    if args.distributed:
+    if args.distributed and args.sampler_seed is not None:
         loader_train.sampler.seed = args.sampler_seed
     loader_eval = create_loader(datasets[False], is_training=False, crop_pct=data_config["crop_pct"], **shared)
     return loader_train, loader_eval, mixup_fn
