@@ -25,7 +25,7 @@ Verdict = Literal["holds", "does not hold here", "undecided", "not run"]
 Rule = Literal["above", "below", "within"]
 Values = Mapping[int, float]  # by seed
 HIGHER_IS_BETTER = ("top1", "ensemble_top1", "averaged_top1", "agreement")
-RELATIVE = ("train_loss",)  # whose margin is a share
+RELATIVE = ("train_loss",)  # compared as shares
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,18 @@ class Part:
         says: in words.
         terms: summed seed by seed.
         rule: where the sum lies: above `bound`, below it, or between -bound and bound.
-        bound: in the metric's unit.
-        relative: logarithms of the values are summed, and the bound is one too.
+        bound: in the metric's unit; a logarithm where the sum is `relative`.
     """
 
     says: str
     terms: tuple[Term, ...]
     rule: Rule
     bound: float = 0.0
-    relative: bool = False
+
+    @property
+    def relative(self) -> bool:
+        """Whether logarithms of the values are summed."""
+        return self.terms[0].metric in RELATIVE
 
     @property
     def compared(self) -> set[tuple[Cell, str]]:
@@ -92,14 +95,12 @@ def below(says: str, metric: str, one: Cell, other: Cell) -> Part:
 def not_worse(says: str, metric: str, one: Cell, other: Cell, *, against: str | None = None) -> Part:
     """`one` is worse by less than the metric's margin, or better; `against` is the other's metric, if not the same."""
     terms, margin = (Term(1.0, metric, (one,)), Term(-1.0, against or metric, (other,))), _margin(metric)
-    if metric in HIGHER_IS_BETTER:
-        return Part(says, terms, "above", -margin, metric in RELATIVE)
-    return Part(says, terms, "below", margin, metric in RELATIVE)
+    return Part(says, terms, "above", -margin) if metric in HIGHER_IS_BETTER else Part(says, terms, "below", margin)
 
 
 def alike(says: str, metric: str, one: Cell, other: Cell) -> Part:
     """The two differ by less than the metric's margin, either way."""
-    return Part(says, _difference(metric, one, other), "within", _margin(metric), metric in RELATIVE)
+    return Part(says, _difference(metric, one, other), "within", _margin(metric))
 
 
 def judge(part: Part, measured: Mapping[tuple[str, str], Values]) -> Judgement:
