@@ -177,12 +177,13 @@ class Training:
 
     def _save(self) -> None:
         path = Path(self.plan.folder) / "checkpoint"
+        unfinished = path.with_name(f"unfinished-{os.getpid()}")  # a process that was replaced may save, too
         state = {"place": [self.update, self.epoch, self.batch], "model": self.model.state_dict()}
         if self.codistiller is not None:
             state["codistill"] = self.codistiller.state_dict()
             self.codistiller.checkpoint_saved(self.update)
-        torch.save(state, path.with_name("unfinished"))
-        path.with_name("unfinished").replace(path)
+        torch.save(state, unfinished)
+        unfinished.replace(path)
 
     def _resume(self) -> None:
         path = Path(self.plan.folder) / "checkpoint"
