@@ -13,7 +13,7 @@ setting workers "$(column 16 2)" whole       # GPUs of an experiment, whatever t
 setting tokens "$(column 3584 4096)" whole   # most tokens a worker and batch. Ott; iwslt.
 setting update_freq 1 whole                  # batches of one update. Not known; Ott's large batches: 16 on 8 GPUs.
 setting updates "$(column 100000 50000)" whole # Not known.
-setting precision "$(column float16 float32)" "float16 float32 bfloat16" # Ott: float16.
+setting precision "$(column float16 float32)" "float16 float32" # Ott: float16. fairseq takes --bf16 for a TPU.
 
 # Model and optimiser: Ott, iwslt; what they have in common stands in train.sh. Not known: whether the learning rate
 # depends on the batch, which differs between the arms.

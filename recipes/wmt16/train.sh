@@ -52,8 +52,5 @@ model_flags() {
   [[ $task != iwslt14 ]] || command+=(--share-decoder-input-output-embed)
   command+=(--optimizer adam --adam-betas "(0.9, 0.98)" --clip-norm 0.0 --lr "${value[lr]}" --lr-scheduler inverse_sqrt)
   command+=(--warmup-updates "${value[warmup]}" --warmup-init-lr 1e-07 --stop-min-lr 1e-09)
-  case ${value[precision]} in
-    float16) command+=(--fp16) ;;
-    bfloat16) command+=(--bf16) ;;
-  esac
+  [[ ${value[precision]} != float16 ]] || command+=(--fp16)
 }
