@@ -38,8 +38,6 @@ def assert_learns(*peers):
 def assert_meet_and_learn(*peers):
     """Who exchanges predictions meets the other after some seconds, in which a GPU does many an update."""
     until(lambda: all(len(learning(peer)) >= 3 for peer in peers), *peers)
-    for peer in peers:
-        peer.kill()
     assert_learns(*peers)
 
 
@@ -50,11 +48,13 @@ def assert_same(found, wanted, *names):
         torch.testing.assert_close(found.checkpoint()[name], wanted.checkpoint()[name], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("precision", [(), ("--fp16",), ("--amp",)], ids=["float32", "fp16", "amp"])
-def test_alpha_0_is_fairseqs_plain_training_to_the_last_bit(trainings, precision):
-    plain = trainings.stock("plain", *precision, gpu=True)
+# Two workers share the GPU, too, and therefore meet through gloo.
+@pytest.mark.parametrize(("workers", "precision"), [(1, ()), (1, ("--fp16",)), (1, ("--amp",)), (2, ())])
+def test_alpha_0_is_fairseqs_plain_training_to_the_last_bit(trainings, workers, precision):
+    how = {"gpu": True, "workers": workers}
+    plain = trainings.stock("plain", *precision, **how)
     flags = (SYNC, *precision, "--codistill-alpha", "0")
-    off, other = (trainings.peer(number, *flags, gpu=True) for number in (0, 1))
+    off, other = (trainings.peer(number, *flags, **how) for number in (0, 1))
     for training in (plain, off, other):
         training.wait()
     assert off.metrics()[-1]["received"] > 0
@@ -65,6 +65,15 @@ def test_alpha_0_is_fairseqs_plain_training_to_the_last_bit(trainings, precision
 @pytest.mark.parametrize("precision", [(), ("--fp16",), ("--memory-efficient-fp16",), ("--amp",)])
 def test_fairseqs_peers_learn_from_each_other_in_every_precision(trainings, precision):
     peers = [trainings.peer(number, SYNC, *precision, gpu=True) for number in (0, 1)]
+    for peer in peers:
+        peer.wait()
+    assert_learns(*peers)
+
+
+@pytest.mark.parametrize("ddp_backend", ["legacy_ddp", "pytorch_ddp"])
+def test_fairseqs_peers_of_two_workers_learn_from_each_other(trainings, ddp_backend):
+    how = {"gpu": True, "workers": 2, "ddp_backend": ddp_backend}
+    peers = [trainings.peer(number, SYNC, **how) for number in (0, 1)]
     for peer in peers:
         peer.wait()
     assert_learns(*peers)
