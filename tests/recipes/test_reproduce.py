@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -310,6 +311,16 @@ def test_the_page_follows_from_the_numbers_alone(tmp_path):
     pictures = [line.partition("](")[2].rstrip(")") for line in lines if line.startswith("![")]
     assert pictures == ["reproduction/figure-12.png"]
     assert (tmp_path / pictures[0]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_figure_of_the_paper_leads_to_a_recipe_at_its_own_scale_and_to_a_verdict(tmp_path):
+    assert main(["--page-only", "--out", str(tmp_path)]) == 0
+    sections = (tmp_path / "reproduction.md").read_text(encoding="utf-8").split("### Figure ")[1:]
+    assert [section.partition(":")[0] for section in sections] == [str(number) for number in range(1, 18)]
+    for section in sections:
+        assert re.search(r"^C\d+.*: \*\*.+\*\*", section, flags=re.M), section
+        [recipe] = re.findall(r"At the paper's scale: `(.+?)`\.", section)
+        assert (Path(__file__).parents[2] / recipe).exists()
 
 
 def test_a_diverged_training_is_told_and_keeps_no_page_from_being_written(tmp_path):

@@ -23,6 +23,7 @@ from recipes.embedded.reproduce.verdicts import Judgement, Part, Verdict, judge,
 
 NAME = "reproduction"
 TEXT = Path(__file__).with_name("reproduction.in.md")
+RECIPES = Path(__file__).parents[2]
 COMMAND = "make reproduce"
 QUICK = "**A quick run: one seed and a few updates of everything. It shows that all of it works, and nothing else.**"
 DIGITS = {"top1": 1, "ensemble_top1": 1, "averaged_top1": 1, "churn": 1, "distance": 2}
@@ -91,8 +92,13 @@ def _figure(figure: Figure, found: Results, judged: Mapping[str, Sequence[Judgem
     yield ""
     yield f"{', '.join(_verdicts(figure, judged)) or 'No claim'}."
     took = sum(sum(found.seconds.get(cell.slug, {}).values()) for cell in figure.cells())
-    yield f"`{COMMAND} FIG={figure.key}`, {took / 60:.0f} minutes of training."
+    yield f"`{COMMAND} FIG={figure.key}`, {took / 60:.0f} minutes of training.{_at_full_scale(figure)}"
     yield ""
+
+
+def _at_full_scale(figure: Figure) -> str:
+    found = RECIPES.glob(f"*/figure-{figure.key:0>2}.sh")
+    return "".join(f" At the paper's scale: `{path.relative_to(RECIPES.parent)}`." for path in found)
 
 
 def _verdicts(figure: Figure, judged: Mapping[str, Sequence[Judgement]]) -> Iterator[str]:
