@@ -65,8 +65,8 @@ class Tuned:
 
 
 GRIDS: dict[Task, tuple[Tuned, ...]] = {
-    "resnet": tuple(Tuned(lr, decay) for lr in (0.03, 0.1, 0.3) for decay in (1e-4, 1e-3)),
-    "resnext": tuple(Tuned(lr, decay) for lr in (0.03, 0.1, 0.3) for decay in (1e-4, 1e-3)),
+    "resnet": tuple(Tuned(lr, decay) for lr in (0.03, 0.1, 0.3, 1.0) for decay in (1e-4, 1e-3)),
+    "resnext": tuple(Tuned(lr, decay) for lr in (0.03, 0.1, 0.3, 1.0) for decay in (1e-4, 1e-3)),
     "nmt": tuple(Tuned(3e-3, dropout) for dropout in (0.05, 0.1, 0.2, 0.3, 0.4)),
 }
 # `python -m recipes.embedded.reproduce --search` prints these lines. Until it has been run, the translations' are from
