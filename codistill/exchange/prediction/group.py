@@ -40,8 +40,8 @@ class GroupLost(RuntimeError):
     """The group cannot be used any more: a member is gone or did not answer in time, or it was closed."""
 
 
-class MemberEnded(GroupLost):
-    """The group is over since the training of a member has ended, as was to be expected."""
+class MemberLeft(GroupLost):
+    """The group is over since a member has left it on purpose: its training has ended, or goes on somewhere else."""
 
 
 class Mismatch(ExchangeError):
@@ -152,7 +152,7 @@ class Group:
 
         Raises:
             Mismatch: The members' headers differ; they may go on with the next micro-batch.
-            MemberEnded: A member has left; the group is closed.
+            MemberLeft: A member has left; the group is closed.
             GroupLost: It failed; the group is closed.
             ValueError: The payload is not as described.
         """
@@ -160,9 +160,9 @@ class Group:
             raise ValueError(f"payload has shape {tuple(payload.shape)} and {payload.dtype}, not {header.size} bytes")
         deadline = time.monotonic() + seconds
         theirs, own = self._meet(header, deadline), Header.of(header.integers())
-        if ended := [peer for peer, other in theirs.items() if other == _GOODBYE]:
+        if left := [peer for peer, other in theirs.items() if other == _GOODBYE]:
             self.close()
-            raise MemberEnded(f"the training of {_named(ended)} has ended")
+            raise MemberLeft(f"{_named(left)} left the group")
         if any(other != own for other in theirs.values()):
             raise _mismatch(own, theirs)
         return self._swap(payload, _PAYLOAD, deadline)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from codistill.exchange.prediction.forming import WAIT_SECONDS, Patience
-from codistill.exchange.prediction.group import Group, GroupLost, Header, MemberEnded, Mismatch
+from codistill.exchange.prediction.group import Group, GroupLost, Header, MemberLeft, Mismatch
 from codistill.exchange.prediction.wire import checksum, decode, encode
 from codistill.exchange.protocol import Position
 from codistill.meters import Incidents, logger
@@ -53,6 +53,11 @@ class InStep:
         self._good = self._bad = 0  # exchanges; mismatches in a row
 
     @property
+    def met(self) -> bool:
+        """Whether all members have come to a micro-batch."""
+        return self._good + self._bad > 0
+
+    @property
     def proven(self) -> bool:
         """Whether it was worth its while."""
         return self._good >= PROVEN and not self.apart
@@ -79,7 +84,7 @@ class InStep:
         except Mismatch as error:
             self._differ(error)
             return []
-        except MemberEnded as error:
+        except MemberLeft as error:
             self.close()
             logger.info("codistill: %s; those that still train meet again", error)
             return []
@@ -94,7 +99,7 @@ class InStep:
         return found
 
     def leave(self, seconds: float) -> None:
-        """Our training has ended: let the others know, for at most so long, and leave the group."""
+        """Leave the group, and let the others know, for at most so long, that it was meant."""
         self.lost = True
         self._group.leave(seconds)
 

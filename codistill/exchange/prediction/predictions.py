@@ -35,7 +35,7 @@ START_SECONDS = 10.0  # longest wait at a group's start for one that is still co
 BACK_OFF = 1.0  # seconds after a group that was not; twice as long each time
 BACK_OFF_DIFFERENT = 30.0  # after one whose members have different data
 BACK_OFF_MOST = 600.0
-GOODBYE_SECONDS = 5.0  # longest wait at the end for the others' next micro-batch
+GOODBYE_SECONDS = 5.0  # longest wait for the others' next micro-batch when we leave them
 LEAVING_SECONDS = 30.0  # out of the group after SIGTERM, should the process live on
 
 
@@ -221,7 +221,7 @@ class PredictionExchange:
         generation, fine, state = self._workers.minimum([offered, not lost, forming])
         if not fine:
             self._give_up()
-        if generation:
+        if generation and state != State.READY:  # else the others may exchange in that group already
             self._form(self._shared(offer))
         elif state == State.FAILED:
             self._fail()
@@ -260,11 +260,19 @@ class PredictionExchange:
         if position >= start or (position.epoch == start.epoch and start.batch - position.batch <= 2 * lead):
             return
         if state == State.READY:
-            if self._workers.first and self._skip_to is None:
-                logger.info("codistill: this one goes on there from epoch %d, batch %d", position.epoch, position.batch)
-            self._skip_to = start
+            if self._skip_to is None:
+                self._skip(position, start)
         elif self._batches - self._taken_up > 4 * lead:  # the others have been at the start for long
             self._fail()
+
+    def _skip(self, position: Position, start: Position) -> None:
+        """Go on at `start`; those that have been in step with us must not wait for us before that."""
+        if self._workers.first:
+            logger.info("codistill: this one goes on there from epoch %d, batch %d", position.epoch, position.batch)
+        if self._group is not None:
+            self._group.leave(min(GOODBYE_SECONDS, self._patience.limit()))
+            self._discard_groups()
+        self._skip_to = start
 
     def _change_over(self, forming: Forming) -> None:
         """We are at a group's start: all workers are connected, after a short wait if need be, or none takes it."""
@@ -331,7 +339,7 @@ class PredictionExchange:
                 step=self._step,
                 generation=self._generation,
                 members=members,
-                forming=forming is not None,
+                forming=forming is not None or (group is not None and not group.met),
                 lost=self._lost_at,
                 ready_from=max(self._ready_from, now + pause if pause else -math.inf),
                 told=now,

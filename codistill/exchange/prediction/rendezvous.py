@@ -51,7 +51,7 @@ class Standing:
         step: micro-batches in an update.
         generation: the newest group that we were in, or tried to be in; 0 for none.
         members: of the group that we are in, or try to be in; () for none.
-        forming: whether we still try.
+        forming: whether we still try: its members have not met yet.
         lost: when, by our monotonic clock, we lost the last group: what was posted before then tells nothing.
         ready_from: when we want to be in a group; infinite for never.
         told: when this was said.

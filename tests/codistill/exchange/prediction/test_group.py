@@ -22,7 +22,7 @@ from torch import Tensor
 
 from codistill.exchange.prediction import in_step
 from codistill.exchange.prediction.forming import Patience
-from codistill.exchange.prediction.group import Group, GroupLost, Header, MemberEnded, Mismatch
+from codistill.exchange.prediction.group import Group, GroupLost, Header, MemberLeft, Mismatch
 from codistill.exchange.protocol import Position
 from codistill.meters import Incidents
 from tests.fixtures_peers import data_parallel, until
@@ -216,8 +216,8 @@ def test_a_member_that_says_goodbye_is_known_to_have_ended(three: list[Group]) -
     one = payload(0, 10)
     calls = [lambda group=group: group.exchange(header(one), one, 20) for group in three[:2]]
     *found, _ = together([*calls, lambda: three[2].leave(20)])
-    assert [type(error) for error in found] == [MemberEnded] * 2
-    assert str(found[0]) == "the training of peer 2 has ended"
+    assert [type(error) for error in found] == [MemberLeft] * 2
+    assert str(found[0]) == "peer 2 left the group"
 
 
 def test_members_that_end_together_wait_for_nobody_and_one_that_ends_alone_not_for_long(server: dist.TCPStore) -> None:

@@ -114,6 +114,16 @@ def test_three_peers_meet_at_an_address_and_need_no_folder(processes, tmp_path, 
         again.bind(("127.0.0.1", free_port))
 
 
+def test_one_that_comes_while_two_others_connect_costs_them_nothing(processes, tmp_path):
+    options = {"peers": 3, "timeout": 30.0}
+    one, slow = processes.job(tmp_path, 0, options=options), processes.job(tmp_path, 1, options=options, pause=0.3)
+    one.until(lambda job: "peers 0, 1 exchange" in job.output())
+    third = processes.job(tmp_path, 2, options=options)
+    for job in (one, slow, third):
+        job.until(lambda job: [record for record in job.exchanged() if record["used"] == 2][FEW:], seconds=60.0)
+    assert [job.records()[-1]["causes"] for job in (one, slow, third)] == [{}, {}, {}], one.output()
+
+
 def test_a_killed_peer_costs_nothing_and_comes_in_again_where_the_others_are(processes, tmp_path):
     one, other = (processes.job(tmp_path, peer) for peer in range(2))
     one.until(lambda job: len(job.exchanged()) > FEW)
