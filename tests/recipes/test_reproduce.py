@@ -151,7 +151,7 @@ def test_what_is_chosen_is_on_the_searched_grid():
 
 def test_what_lies_at_the_edge_of_the_grid_is_named():
     assert search.at_the_edge("resnet", Tuned(0.1, 1e-4)) == ""  # of two values, each is at the edge
-    assert search.at_the_edge("resnet", Tuned(0.3, 1e-4)) == "the greatest learning rate tried"
+    assert search.at_the_edge("resnet", Tuned(1.0, 1e-4)) == "the greatest learning rate tried"
     assert search.at_the_edge("nmt", Tuned(3e-3, 0.05)) == "the least regularisation tried"
 
 
