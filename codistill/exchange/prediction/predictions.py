@@ -270,7 +270,9 @@ class PredictionExchange:
         if self._workers.first:
             logger.info("codistill: this one goes on there from epoch %d, batch %d", position.epoch, position.batch)
         if self._group is not None:
+            began = time.monotonic()
             self._group.leave(min(GOODBYE_SECONDS, self._patience.limit()))
+            self._patience.spend(time.monotonic() - began)  # nothing is exchanged for it
             self._discard_groups()
         self._skip_to = start
 

@@ -212,7 +212,7 @@ def test_a_member_that_closes_ends_the_others_exchange_at_once(three: list[Group
     three[2].close()
 
 
-def test_a_member_that_says_goodbye_is_known_to_have_ended(three: list[Group]) -> None:
+def test_a_member_that_says_goodbye_is_known_to_have_left_on_purpose(three: list[Group]) -> None:
     one = payload(0, 10)
     calls = [lambda group=group: group.exchange(header(one), one, 20) for group in three[:2]]
     *found, _ = together([*calls, lambda: three[2].leave(20)])
