@@ -29,9 +29,9 @@ def agreement(metrics: Sequence[Mapping[str, Any]]) -> float:
     return float(seen[-1]) if seen else math.nan
 
 
-def together(metrics: Sequence[Mapping[str, Any]]) -> float:
-    """Share of the intervals at whose end a peer was in use."""
-    return sum(1 for row in metrics if row.get("peers")) / max(1, len(metrics))
+def together(metrics: Sequence[Mapping[str, Any]], peers: int = 1) -> float:
+    """Share of the intervals at whose end at least `peers` others were in use."""
+    return sum(1 for row in metrics if row.get("peers", 0) >= peers) / max(1, len(metrics))
 
 
 def sent_bytes(metrics: Sequence[Mapping[str, Any]]) -> int:

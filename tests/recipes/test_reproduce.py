@@ -66,7 +66,7 @@ def test_every_figure_of_the_paper_and_every_claim_is_there():
 def test_what_a_claim_compares_is_trained_for_its_figures_from_their_seeds():
     for claim in CLAIMS:
         trained = {cell for key in claim.figures for cell in BY_KEY[key].cells()}
-        trained |= {GOYAL} if claim.key == "C2" else set()
+        trained |= {GOYAL} if claim.key == "C2" else set()  # it says so
         assert {cell for part in claim.parts for term in part.terms for cell in term.cells} <= trained, claim.key
     for key in ("C1", "C2", "C3", "C6", "C7"):
         [claim] = [claim for claim in CLAIMS if claim.key == key]
@@ -118,10 +118,17 @@ def test_the_schedules_are_those_of_the_paper():
 
 def test_out_of_the_box_has_the_baselines_settings_at_half_the_learning_rate():
     tuned = settings.CHOSEN["resnet", "constant"]
-    for baseline, peers in ((GOYAL, BOX), (REDUCE_CONSTANT, PEERS_CONSTANT)):
-        arms = [PLACE.arm(cell, 0) for cell in (baseline, peers)]
-        assert [arm.lr for arm in arms] == [tuned.lr, tuned.lr / 2]
-        assert {arm.training.weight_decay for arm in arms} == {tuned.regularisation}
+    arms = [PLACE.arm(cell, 0) for cell in (GOYAL, BOX)]
+    assert [arm.lr for arm in arms] == [tuned.lr, tuned.lr / 2]
+    assert {arm.training.weight_decay for arm in arms} == {tuned.regularisation}
+
+
+def test_a_constant_weight_decay_is_all_that_figure_12_changes_of_figure_2():
+    for cell, constant in ((REDUCE, REDUCE_CONSTANT), (PEERS, PEERS_CONSTANT)):
+        arm, other = PLACE.arm(cell, 0), PLACE.arm(constant, 0)
+        assert replace(other, training=replace(other.training, decay=arm.training.decay)) == arm
+        assert arm.training.decay
+        assert not other.training.decay
 
 
 def test_both_workers_of_the_baseline_take_the_images_in_an_order_of_the_seeds_own():
@@ -246,6 +253,7 @@ def test_the_best_of_several_is_the_best_on_average():
         (PEERS_T.slug, "valid_nll"): {0: 3.0, 1: 3.0},
     }
     assert judge(part, measured).mean == -1.0
+    assert judge(part, measured).best == ((others[1], others),)
     assert judge(part, {key: value for key, value in measured.items() if key[0] != others[0].slug}).verdict == "not run"
 
 
@@ -278,18 +286,19 @@ def test_a_claim_holds_when_all_its_parts_do():
 # the page
 
 
-def write_runs(folder: Path, ends: dict) -> None:
+def write_runs(folder: Path, ends: dict, seeds=(0, 1, 2)) -> None:
     """`ends`: cell -> metric -> values by seed."""
     rows = [
         {"cell": cell.slug, "seed": seed, "model": 0, "workers": 2, "updates": 9, "seconds": 60}
-        | {metric: values[seed] for metric, values in metrics.items()}
+        | {metric: values[number] for metric, values in metrics.items()}
         for cell, metrics in ends.items()
-        for seed in range(3)
+        for number, seed in enumerate(seeds)
     ]
     results._write(folder / "runs.csv", results.COLUMNS, rows)
     points = [
         {name: row[name] for name in ("cell", "seed", "model")} | {"metric": "top1", "update": at, "value": row["top1"]}
         for row in rows
+        if "top1" in row
         for at in (3, 9)
     ]
     results._write(folder / "curves.csv", results.POINT, points)
@@ -298,18 +307,19 @@ def write_runs(folder: Path, ends: dict) -> None:
 def test_the_page_follows_from_the_numbers_alone(tmp_path):
     folder = tmp_path / "reproduction"
     folder.mkdir()
-    write_runs(folder, {REDUCE_CONSTANT: {"top1": [97.0, 96.0, 98.0]}, PEERS_CONSTANT: {"top1": [95.9, 95.0, 97.1]}})
+    ends = {REDUCE_CONSTANT: [97.0, 96.0, 98.0], PEERS_CONSTANT: [95.9, 95.0, 97.1], PEERS: [97.0, 96.0, 98.0]}
+    write_runs(folder, {cell: {"top1": values} for cell, values in ends.items()})
     assert main(["--page-only", "--out", str(tmp_path)]) == 0
     lines = (tmp_path / "reproduction.md").read_text(encoding="utf-8").splitlines()
     [claim] = [line for line in lines if line.startswith("| C3 ")]
     assert claim.endswith("| 12 | **holds** |")
     [part] = [line for line in lines if line.startswith("| accuracy is lower than that of all_reduce |")]
     assert part.endswith("| below 0 | -1.00 | -1.25 to -0.75 | 0.002 | 3 | holds |")
-    assert "| all_reduce | validation top-1 (%) | 97.0 ± 2.5 | 0 1 2 |" in lines
+    assert "| all_reduce | validation top-1 (%) | 97.0 ± 2.5 | 0 1 2 (not run: 3 4 5 6 7 8 9) |" in lines
     assert any(line.startswith("| C10 ") and line.endswith("**not run** |") for line in lines)
     assert not any("[[" in line for line in lines)
     pictures = [line.partition("](")[2].rstrip(")") for line in lines if line.startswith("![")]
-    assert pictures == ["reproduction/figure-12.png"]
+    assert {"reproduction/figure-2.png", "reproduction/figure-12.png"} <= set(pictures)
     assert (tmp_path / pictures[0]).read_bytes().startswith(b"\x89PNG")
 
 
@@ -326,32 +336,53 @@ def test_every_figure_of_the_paper_leads_to_a_recipe_at_its_own_scale_and_to_a_v
 def test_a_diverged_training_is_told_and_keeps_no_page_from_being_written(tmp_path):
     folder = tmp_path / "reproduction"
     folder.mkdir()
-    write_runs(
-        folder, {REDUCE_CONSTANT: {"top1": [97.0, math.nan, 98.0]}, PEERS_CONSTANT: {"top1": [95.9, 95.0, 97.1]}}
-    )
+    ends = {REDUCE_CONSTANT: [97.0, math.nan, 98.0], PEERS_CONSTANT: [95.9, 95.0, 97.1], PEERS: [97.0, 96.0, 98.0]}
+    write_runs(folder, {cell: {"top1": values} for cell, values in ends.items()})
     assert main(["--page-only", "--out", str(tmp_path)]) == 0
     lines = (tmp_path / "reproduction.md").read_text(encoding="utf-8").splitlines()
-    assert "| all_reduce | validation top-1 (%) | diverged: 1 of 3 | 0 1 2 |" in lines
+    told = "| all_reduce | validation top-1 (%) | diverged: 1 of 3 | 0 1 2 (not run: 3 4 5 6 7 8 9) |"
+    assert told in lines
     assert "C3: **undecided**." in lines
+
+
+def test_a_figure_shows_its_own_seeds_alone_and_the_best_of_a_sweep_is_named(tmp_path):
+    folder = tmp_path / "reproduction"
+    folder.mkdir()
+    nlls = {(1.0, 0.5): 4.9, (1.0, 1.0): 4.7, (1.0, 2.0): 4.8, (1.1, 0.25): 4.6, (1.1, 0.5): 4.7, (1.1, 1.0): 4.7}
+    cells = {replace(PEERS_T, growth=growth, alpha=alpha): nll for (growth, alpha), nll in nlls.items()}
+    write_runs(
+        folder, {cell: {"valid_nll": [nll, nll + 0.1, nll + 0.2]} for cell, nll in cells.items()}, seeds=(1, 2, 7)
+    )
+    assert main(["--page-only", "--out", str(tmp_path)]) == 0
+    page = (tmp_path / "reproduction.md").read_text(encoding="utf-8")
+    assert "best: γ = 1.1, alpha 0.25, the least tried; best: alpha 1 |" in page
+    assert "| γ = 1, alpha 1 | validation NLL (bits per subword) | 4.750 ± 0.635 | 1 2 (not run: 0) |" in page
 
 
 # a training
 
 
 def test_a_training_whose_peers_went_missing_does_not_count(tmp_path):
-    run = runner.Run(PEERS, 0, "test", Place(tmp_path).arm(PEERS, 0))
-    for member, peers in enumerate(([0, 1, 1, 1, 1], [0, 1, 0, 0, 1])):
-        run.arm.save_dir(member).mkdir(parents=True)
-        rows = [json.dumps({"update": 8 * number, "peers": n}) for number, n in enumerate(peers, 1)]
-        (run.arm.save_dir(member) / "metrics.jsonl").write_text("\n".join(rows) + "\n")
-    with pytest.raises(ProcessFailed, match="model 1 had a peer in use in 50% of its intervals"):
+    cell = replace(PEERS, peers=3)
+    run = runner.Run(cell, 0, "test", Place(tmp_path).arm(cell, 0))
+
+    def log(member: int, interval: int, peers: list[int], incidents: int = 0) -> None:
+        run.arm.save_dir(member).mkdir(parents=True, exist_ok=True)
+        rows = [{"update": interval * at, "peers": n, "incidents": incidents} for at, n in enumerate(peers, 1)]
+        (run.arm.save_dir(member) / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    for member in range(3):
+        log(member, 8, [0, 2, 2, 2, 2])
+    run.check()
+    log(1, 8, [0, 2, 1, 1, 2])
+    with pytest.raises(ProcessFailed, match="model 1 had all its peers in 50% of its intervals"):
         run.check()
-    replace(run, cell=replace(PEERS, alpha=0.0)).check()
-    long = replace(run.arm, training=replace(run.arm.training, interval=40))
-    for member in range(2):
-        long.save_dir(member).mkdir(parents=True)
-        (long.save_dir(member) / "metrics.jsonl").write_text('{"update": 40, "peers": 0}\n')
-    replace(run, arm=long).check()  # too short to say
+    replace(run, cell=replace(cell, alpha=0.0)).check()
+    log(1, 8, [0, 2, 2, 2, 2], incidents=3)
+    with pytest.raises(ProcessFailed, match="model 1 met 3 incidents"):
+        run.check()
+    log(1, 8, [0])
+    run.check()  # too short to say
 
 
 def test_a_training_that_fails_is_told_and_the_others_go_on(tmp_path):
@@ -388,9 +419,17 @@ def test_a_finished_training_is_judged_and_not_trained_again(tmp_path):
     evaluation = json.loads((run.arm.folder / results.EVALUATION).read_text())
     logged = found.ends[cell.slug, "top1"][0]
     assert sum(model["top1"] for model in evaluation["models"]) / 2 == pytest.approx(logged, abs=1e-3)
-    assert {(cell.slug, f"{kind}_top1") for kind in ("ensemble", "averaged")} <= set(found.ends)
+    assert {(cell.slug, f"{kind}_top1") for kind in ("ensemble", "averaged", "again")} <= set(found.ends)
     assert [update for update, _ in found.curves[cell.slug, "agreement"][0]] == [4, 6, 8]
 
     runner.train([run], place, progress)
     assert mark.stat().st_mtime_ns == trained
     assert runner.seconds_left([run]) == 0
+
+    summary = run.arm.save_dir(1) / "summary.csv"
+    *before, last = summary.read_text().splitlines()
+    names = before[0].split(",")
+    row = dict(zip(names, last.split(","), strict=True)) | {"train_loss": "nan"}
+    summary.write_text("\n".join([*before, ",".join(row.values())]) + "\n")
+    results.write(tmp_path, [(cell, 0, run.arm)], ())
+    assert math.isnan(results.read(tmp_path).ends[cell.slug, "top1"][0])  # its logits are NaN: top-1 says nothing

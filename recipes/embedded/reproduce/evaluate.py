@@ -59,9 +59,9 @@ class Vision:
             score["predictions"] = own.argmax(-1).tolist()
         if len(models) > 1:
             found["ensemble"] = self._score(torch.stack(logits).softmax(-1).mean(0))
-            averaged = _averaged(models)
-            self._measure_again(averaged)
-            found["averaged"] = self._score(self._logits(averaged).softmax(-1))
+            found["averaged"] = self._measured_again(_averaged(models))
+            for model, score in zip(models, found["models"], strict=True):
+                score["again_top1"] = self._measured_again(model)["top1"]  # what the averaged one compares with
         return found
 
     def _load(self, folder: Path) -> nn.Module:
@@ -93,8 +93,8 @@ class Vision:
         labels = torch.cat([labels for _, labels in self._images("validation")])
         return {"top1": 100 * (probabilities.argmax(-1) == labels).double().mean().item()}
 
-    def _measure_again(self, model: nn.Module) -> None:
-        """Take BatchNorm's statistics from the training images: the mean of two models' says nothing of the third."""
+    def _measured_again(self, model: nn.Module) -> dict[str, Any]:
+        """The score with BatchNorm's statistics from whole training scans: two models' say nothing of their mean's."""
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.reset_running_stats()
@@ -103,6 +103,7 @@ class Vision:
         for images, _ in self._images("train"):
             model(images)
         model.eval()
+        return self._score(self._logits(model).softmax(-1))
 
 
 class Translation:

@@ -106,7 +106,7 @@ _OFTEN = (0.5, 1.0, 2.0, 4.0)
 _OFTEN_T = (0.25, 0.5, 1.0)
 _RATES = (0.5, 1.0, 2.0, 4.0)
 ALPHAS = (0.25, 0.5, 1.0, 2.0, 4.0)
-STARTS = {1.0: (0.25, 0.5, 1.0, 2.0), 1.1: (0.25, 0.5, 1.0), 1.5: (0.0005, 0.002, 0.008)}  # growth: alpha at the start
+STARTS = {1.0: (0.5, 1.0, 2.0), 1.1: (0.25, 0.5, 1.0), 1.5: (0.0005, 0.002, 0.008)}  # growth: alpha at the start
 
 
 def _pair(metric: str, one: Cell, other: Cell) -> Curves:
@@ -158,11 +158,13 @@ FIGURES = (
             _swept(metric, "batch", BATCHES, "images per worker, times the base's, log2", *_BASE)
             for metric in ("train_loss", "top1")
         ],
+        MORE_SEEDS,
     ),
     Figure(
         "4",
         "ResNet and ResNeXt, cosine schedule: validation accuracy",
         _pairs("top1", COSINE_PAIRS),
+        MORE_SEEDS,
     ),
     Figure("5", "Transformer: validation NLL", [_pair("valid_nll", REDUCE_T, PEERS_T)]),
     Figure(
@@ -177,6 +179,7 @@ FIGURES = (
             _swept("top1", "often", _OFTEN, _OFTEN_AXIS, PEERS, all_reduce=REDUCE),
             _swept("top1", "lr", _RATES, _RATE_AXIS, PEERS, all_reduce=REDUCE),
         ],
+        MORE_SEEDS,
     ),
     Figure(
         "8",
@@ -200,11 +203,22 @@ FIGURES = (
         "11",
         "The trainings of Figure 4: training loss",
         _pairs("train_loss", COSINE_PAIRS),
+        MORE_SEEDS,
     ),
     Figure(
         "12",
         "ResNet, shifted milestones, but the weight decay stays constant",
-        [_pair("train_loss", REDUCE_CONSTANT, PEERS_CONSTANT), _pair("top1", REDUCE_CONSTANT, PEERS_CONSTANT)],
+        [
+            Curves(
+                metric,
+                {
+                    "all_reduce": REDUCE_CONSTANT,
+                    "codistill": PEERS_CONSTANT,
+                    "codistill, weight decay decreasing": PEERS,
+                },
+            )
+            for metric in ("train_loss", "top1")
+        ],
         MORE_SEEDS,
     ),
     Figure(
@@ -230,6 +244,7 @@ FIGURES = (
             _swept("train_loss", "often", _OFTEN, _OFTEN_AXIS, PEERS, all_reduce=REDUCE),
             _swept("train_loss", "lr", _RATES, _RATE_AXIS, PEERS, all_reduce=REDUCE),
         ],
+        MORE_SEEDS,
     ),
     Figure(
         "16",
@@ -321,6 +336,7 @@ FIGURES = (
             Numbers(
                 [
                     ("ResNet, a peer", PEERS, "top1"),
+                    ("ResNet, a peer, BatchNorm's statistics measured anew", PEERS, "again_top1"),
                     ("ResNet, averaged peers", PEERS, "averaged_top1"),
                     ("ResNet, averaged independent models", APART, "averaged_top1"),
                     ("Transformer, a peer", PEERS_T, "valid_nll"),

@@ -26,7 +26,7 @@ TEXT = Path(__file__).with_name("reproduction.in.md")
 RECIPES = Path(__file__).parents[2]
 COMMAND = "make reproduce"
 QUICK = "**A quick run: one seed and a few updates of everything. It shows that all of it works, and nothing else.**"
-DIGITS = {"top1": 1, "ensemble_top1": 1, "averaged_top1": 1, "churn": 1, "distance": 2}
+DIGITS = {"top1": 1, "ensemble_top1": 1, "averaged_top1": 1, "again_top1": 1, "churn": 1, "distance": 2}
 
 
 def write(out: Path, found: Results, *, quick: bool = False) -> None:
@@ -87,11 +87,13 @@ def _figure(figure: Figure, found: Results, judged: Mapping[str, Sequence[Judgem
     if drawn:
         yield f"![{figure.title}]({NAME}/figure-{figure.key}.png)"
         yield ""
-    rows = [row for panel in figure.panels for row in _numbers(panel, found)]
-    yield from _table(("", "", "mean ± 95 % interval", "seeds"), rows)
-    yield ""
+    own = found.of(figure.seeds)
+    rows = [row for panel in figure.panels for row in _numbers(panel, own, figure.seeds)]
+    if rows:
+        yield from _table(("", "", "mean ± 95 % interval", "seeds"), rows)
+        yield ""
     yield f"{', '.join(_verdicts(figure, judged)) or 'No claim'}."
-    took = sum(sum(found.seconds.get(cell.slug, {}).values()) for cell in figure.cells())
+    took = sum(sum(own.seconds.get(cell.slug, {}).values()) for cell in figure.cells())
     yield f"`{COMMAND} FIG={figure.key}`, {took / 60:.0f} minutes of training.{_at_full_scale(figure)}"
     yield ""
 
@@ -111,9 +113,10 @@ def _verdicts(figure: Figure, judged: Mapping[str, Sequence[Judgement]]) -> Iter
             yield f"{claim.key}{share}: **{together([one.verdict for one in seen])}**"
 
 
-def _numbers(panel: Curves | Sweep | Numbers, found: Results) -> Iterator[list[str]]:
+def _numbers(panel: Curves | Sweep | Numbers, found: Results, wanted: Sequence[int]) -> Iterator[list[str]]:
     for name, cell, metric in _entries(panel):
         seeds = found.ends.get((cell.slug, metric), {})
+        missing = [seed for seed in wanted if seed not in seeds]
         digits = DIGITS.get(metric, 3)
         lost = sum(not math.isfinite(value) for value in seeds.values())
         if not seeds:
@@ -124,7 +127,10 @@ def _numbers(panel: Curves | Sweep | Numbers, found: Results) -> Iterator[list[s
             half = half_interval(list(seeds.values()))
             shown = f"{mean(seeds.values()):.{digits}f}" + (f" ± {half:.{digits}f}" if half == half else "")
         title = "" if isinstance(panel, Numbers) or not panel.title else f"{panel.title}, "
-        yield [title + name, pictures.LABELS[metric], shown, " ".join(map(str, sorted(seeds)))]
+        listed = " ".join(map(str, sorted(seeds)))
+        if seeds and missing:
+            listed += f" (not run: {' '.join(map(str, missing))})"
+        yield [title + name, pictures.LABELS[metric], shown, listed]
 
 
 def _entries(panel: Curves | Sweep | Numbers) -> Iterator[tuple[str, Cell, str]]:
@@ -144,8 +150,20 @@ def _entries(panel: Curves | Sweep | Numbers) -> Iterator[tuple[str, Cell, str]]
 def _differs(cell: Cell, line: Sequence[Cell]) -> str:
     """What is special about a cell of a line."""
     varied = [entry.name for entry in fields(Cell) if len({getattr(other, entry.name) for other in line}) > 1]
-    shown = {name: getattr(cell, name) for name in varied}
-    return ", ".join(f"{name} {'0.1' if value is None else format(value, 'g')}" for name, value in shown.items())
+    return ", ".join(_value(name, getattr(cell, name)) for name in varied)
+
+
+def _value(name: str, value: float | None) -> str:
+    if name == "part":
+        return "all images" if value == 1 else f"1/{value} of the images"
+    return f"{name} {'0.1' if value is None else format(value, 'g')}"
+
+
+def _taken(cell: Cell, tried: Sequence[Cell]) -> str:
+    """Which of the cells of a sweep, least first, was best."""
+    edge = {tried[0]: ", the least tried", tried[-1]: ", the greatest tried"}.get(cell, "")
+    growth = f"γ = {cell.growth:g}, " if cell.growth != 1 else ""
+    return growth + _differs(cell, tried) + edge
 
 
 def _claim(claim: Claim, verdict: Verdict, judged: Sequence[Judgement]) -> Iterator[str]:
@@ -156,11 +174,10 @@ def _claim(claim: Claim, verdict: Verdict, judged: Sequence[Judgement]) -> Itera
     rows = []
     for one in judged:
         known = one.low == one.low
+        says = "; ".join([one.part.says, *(f"best: {_taken(cell, tried)}" for cell, tried in one.best)])
         shown = _amount(one.part, one.mean) if one.seeds else ""
         span = f"{_amount(one.part, one.low)} to {_amount(one.part, one.high)}" if known else ""
-        rows.append(
-            [one.part.says, _bound(one.part), shown, span, f"{one.p:.3f}" if known else "", f"{one.seeds}", one.verdict]
-        )
+        rows.append([says, _bound(one.part), shown, span, f"{one.p:.3f}" if known else "", f"{one.seeds}", one.verdict])
     yield from _table(("part", "holds if", "mean", "95 % interval", "p", "seeds", "verdict"), rows)
     yield ""
 

@@ -20,11 +20,12 @@ LABELS = {
     "ensemble_nll": "validation NLL (bits per subword)",
     "averaged_top1": "validation top-1 (%)",
     "averaged_nll": "validation NLL (bits per subword)",
+    "again_top1": "validation top-1 (%)",
     "distance": "L2 distance from initialisation",
     "agreement": "agreement with the peer, share",
     "churn": "changed predictions (%)",
 }
-SPANS = {"top1": -10.0, "valid_nll": 2.0, "train_nll": 4.0}
+SPANS = {"top1": -10.0, "valid_nll": 2.0, "train_nll": 4.0}  # of curves, whose beginnings are steep
 
 
 def draw(path: Path, figure: Figure, found: Results) -> bool:
@@ -33,7 +34,8 @@ def draw(path: Path, figure: Figure, found: Results) -> bool:
     Returns:
         Whether there was anything to draw.
     """
-    panels = [panel for shown in figure.panels if (panel := _panel(shown, found)) is not None]
+    own = found.of(figure.seeds)
+    panels = [panel for shown in figure.panels if (panel := _panel(shown, own)) is not None]
     if panels:
         plots.draw(path, panels)
     return bool(panels)
@@ -42,11 +44,11 @@ def draw(path: Path, figure: Figure, found: Results) -> bool:
 def _panel(shown: Curves | Sweep | Numbers, found: Results) -> plots.Panel | None:
     if isinstance(shown, Numbers):
         return None
-    curves = _against_updates(shown, found) if isinstance(shown, Curves) else _against_what_varies(shown, found)
-    if not curves:
-        return None
-    x = "updates" if isinstance(shown, Curves) else shown.x
-    return plots.Panel(curves, x, LABELS[shown.metric], title=shown.title, span=SPANS.get(shown.metric))
+    if isinstance(shown, Curves):
+        curves, x, span = _against_updates(shown, found), "updates", SPANS.get(shown.metric)
+    else:
+        curves, x, span = _against_what_varies(shown, found), shown.x, None
+    return plots.Panel(curves, x, LABELS[shown.metric], title=shown.title, span=span) if curves else None
 
 
 def _against_updates(shown: Curves, found: Results) -> Mapping[str, plots.Curve]:

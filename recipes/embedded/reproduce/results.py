@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, TypeVar
 
 from recipes.embedded import measures
 from recipes.embedded.nmt import results as nmt
@@ -23,12 +24,14 @@ from recipes.embedded.vision import results as vision
 from recipes.embedded.vision.arms import Arm as VisionArm
 
 EVALUATION = "evaluation.json"
-METRICS = ("top1", "valid_loss", "train_loss", "valid_nll", "train_nll", "distance", "together")
-EVALUATED = ("clean_train_nll", "ensemble_top1", "ensemble_nll", "averaged_top1", "averaged_nll", "churn")
+LOSSES = ("train_loss", "valid_loss", "train_nll", "valid_nll")
+METRICS = ("top1", *LOSSES, "distance", "together")
+EVALUATED = ("clean_train_nll", "ensemble_top1", "ensemble_nll", "averaged_top1", "averaged_nll", "again_top1", "churn")
 COLUMNS = ("cell", "seed", "model", "workers", "updates", "seconds", *METRICS, *EVALUATED)
 POINT = ("cell", "seed", "model", "metric", "update", "value")
 Curve = Sequence[tuple[int, float]]
 Trained = tuple[Cell, int, Arm]
+Key, Value = TypeVar("Key"), TypeVar("Value")
 
 
 @dataclass
@@ -44,6 +47,15 @@ class Results:
     ends: Mapping[tuple[str, str], Mapping[int, float]] = field(default_factory=dict)
     curves: Mapping[tuple[str, str], Mapping[int, Curve]] = field(default_factory=dict)
     seconds: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+
+    def of(self, seeds: Collection[int]) -> Results:
+        """These seeds alone."""
+
+        def kept(numbers: Mapping[Key, Mapping[int, Value]]) -> dict[Key, dict[int, Value]]:
+            found = {key: {seed: value for seed, value in by.items() if seed in seeds} for key, by in numbers.items()}
+            return {key: by for key, by in found.items() if by}
+
+        return Results(kept(self.ends), kept(self.curves), kept(self.seconds))
 
 
 def read(folder: Path) -> Results:
@@ -92,8 +104,10 @@ def write(folder: Path, trained: Sequence[Trained], drawn: Collection[tuple[Cell
             }
             row |= {"updates": arm.training.updates, "seconds": round(facts["seconds"], 1)}
             row |= _ends(arm, model, curves) | _judged(judged, model)
-            if (cell, seed) in churns:
-                row["churn"] = churns[cell, seed]
+            if (cell, seed, model) in churns:
+                row["churn"] = churns[cell, seed, model]
+            if not all(math.isfinite(curves[name][-1][1]) for name in LOSSES if curves.get(name)):
+                row |= {name: math.nan for name in row if name in (*METRICS, *EVALUATED)}  # diverged: top-1 hides it
             runs.append({name: _text(row[name]) for name in COLUMNS if name in row})
             for metric, curve in curves.items():
                 if (cell, metric) in drawn:
@@ -162,26 +176,26 @@ def _judged(evaluation: Mapping[str, Any], model: int) -> dict[str, float]:
     if not evaluation:
         return {}
     own = evaluation["models"][model]
-    return {name: own[name] for name in ("clean_train_nll",) if name in own} | {
+    return {name: own[name] for name in ("clean_train_nll", "again_top1") if name in own} | {
         f"{kind}_{metric}": evaluation[kind][metric]
         for kind in ("ensemble", "averaged")
         for metric in evaluation.get(kind, {})
     }
 
 
-def _churns(done: Sequence[Trained]) -> dict[tuple[Cell, int], float]:
-    """Of the first model, the share of predictions that differ from those of the next seed (of the last: the first)."""
-    predictions: dict[Cell, dict[int, list[int]]] = defaultdict(dict)
+def _churns(done: Sequence[Trained]) -> dict[tuple[Cell, int, int], float]:
+    """Of each model, the share of predictions that differ from its own of the next seed (of the last: the first)."""
+    predictions: dict[tuple[Cell, int], dict[int, list[int]]] = defaultdict(dict)
     for cell, seed, arm in done:
-        if evaluation := _evaluation(arm):
-            predictions[cell][seed] = evaluation["models"][0]["predictions"]
+        for model, judged in enumerate(_evaluation(arm).get("models", ())):
+            predictions[cell, model][seed] = judged["predictions"]
     churns = {}
-    for cell, seeds in predictions.items():
+    for (cell, model), seeds in predictions.items():
         order = sorted(seeds)
         for seed, following in zip(order, [*order[1:], order[0]], strict=True):
             if following != seed:
                 pairs = list(zip(seeds[seed], seeds[following], strict=True))
-                churns[cell, seed] = 100 * sum(one != other for one, other in pairs) / len(pairs)
+                churns[cell, seed, model] = 100 * sum(one != other for one, other in pairs) / len(pairs)
     return churns
 
 

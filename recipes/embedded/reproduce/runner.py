@@ -58,16 +58,18 @@ class Run:
         """See that what was to codistil did, from the second interval after the burn-in on.
 
         Raises:
-            ProcessFailed: some model had no peer in use at the end of too many intervals.
+            ProcessFailed: some model met an incident, or was without one of its peers at the end of too many intervals.
         """
         if self.cell.way == "all_reduce" or self.cell.alpha == 0:
             return
         training = self.arm.training
         for member, rows in enumerate(self._metrics()):
             late = [row for row in rows if row["update"] > training.burn_in + training.interval]
-            tied = measures.together(late)
+            tied = measures.together(late, self.arm.members - 1)
             if late and tied < settings.TOGETHER:
-                raise ProcessFailed(f"model {member} had a peer in use in {tied:.0%} of its intervals; see its log")
+                raise ProcessFailed(f"model {member} had all its peers in {tied:.0%} of its intervals; see its log")
+            if late and late[-1]["incidents"]:
+                raise ProcessFailed(f"model {member} met {late[-1]['incidents']} incidents; see its log")
 
     def _metrics(self) -> list[list[dict[str, Any]]]:
         """Of every model what it has logged so far."""

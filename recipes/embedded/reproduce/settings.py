@@ -15,7 +15,7 @@ Kind = Literal["all_reduce", "codistill", "independent", "constant"]
 Schedule = Literal["goyal", "shifted", "cosine"]
 
 SEEDS = (0, 1, 2, 3, 4)
-MORE_SEEDS = tuple(range(10))  # where two trainings of images are compared, and half a point matters
+MORE_SEEDS = tuple(range(10))  # where half a point of accuracy matters
 FEW_SEEDS = SEEDS[:3]  # where translations are swept
 SEARCH_SEEDS = (100, 101)  # none of those that are reported
 # How much worse is still called the same: percent, bits a subword, share of the training loss.
@@ -24,7 +24,7 @@ MARGINS = {"top1": 0.5, "averaged_top1": 0.5, "valid_nll": 0.05, "averaged_nll":
 # Images. Updates of every worker: 45 epochs of 32 images for each of two models, 90 of 64 for one on both workers.
 IMAGES = 512
 VALIDATION = 1285  # the rest of scikit-learn's 1,797 scans
-TOGETHER = 0.9  # least share of a codistilling training's intervals at whose end a peer is in use
+TOGETHER = 0.9  # least share of a codistilling training's intervals at whose end all peers are in use
 BATCH = 32
 EPOCHS = 45
 QUICK_EPOCHS = 3
@@ -57,7 +57,7 @@ QUICK_UPDATES = 100
 class Tuned:
     """What was searched for each kind of training, over the same grid: `regularisation` is weight decay or dropout.
 
-    Kind "constant" is all_reduce with a weight decay that stays as it is, on the milestones of Goyal et al. 2017.
+    Kind "constant" is all_reduce as in Goyal et al. 2017: their milestones, a weight decay that stays as it is.
     """
 
     lr: float

@@ -69,7 +69,7 @@ class Cell:
     @property
     def kind(self) -> Kind:
         """Whose settings were searched for it."""
-        if not self.decreasing:
+        if self.schedule == "goyal":
             return "constant"
         return "independent" if self.alpha == 0 else self.way
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean, stdev
 from typing import Literal
 
@@ -24,7 +24,7 @@ from recipes.embedded.reproduce.trainings import Cell
 Verdict = Literal["holds", "does not hold here", "undecided", "not run"]
 Rule = Literal["above", "below", "within"]
 Values = Mapping[int, float]  # by seed
-HIGHER_IS_BETTER = ("top1", "ensemble_top1", "averaged_top1", "agreement")
+HIGHER_IS_BETTER = ("top1", "ensemble_top1", "averaged_top1", "again_top1", "agreement")
 RELATIVE = ("train_loss",)  # compared as shares
 
 
@@ -66,7 +66,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A part and what became of it; numbers are NaN where nothing can be said, as after a training that diverged."""
+    """A part and what became of it; numbers are NaN where nothing can be said, as after a training that diverged.
+
+    `best` has, of every term with several cells, the one that was taken, and those.
+    """
 
     part: Part
     verdict: Verdict
@@ -75,6 +78,7 @@ class Judgement:
     low: float = math.nan
     high: float = math.nan
     p: float = math.nan
+    best: tuple[tuple[Cell, tuple[Cell, ...]], ...] = ()
 
 
 def better(says: str, metric: str, one: Cell, other: Cell) -> Part:
@@ -110,13 +114,15 @@ def judge(part: Part, measured: Mapping[tuple[str, str], Values]) -> Judgement:
         part: what is said.
         measured: by a cell's slug and a metric, the value of every seed.
     """
-    chosen = [(term.weight, _values(term, measured)) for term in part.terms]
-    seeds = set.intersection(*(set(values) for _, values in chosen))
+    chosen = [(term, best(term, measured)) for term in part.terms]
+    found = [(term, cell, measured[cell.slug, term.metric]) for term, cell in chosen if cell is not None]
+    seeds = set.intersection(*(set(values) for _, _, values in found)) if len(found) == len(chosen) else set()
     if not seeds:
         return Judgement(part, "not run")
     scale = _logarithm if part.relative else float
-    sums = [sum(weight * scale(values[seed]) for weight, values in chosen) for seed in sorted(seeds)]
-    return decide(part, sums)
+    sums = [sum(term.weight * scale(values[seed]) for term, _, values in found) for seed in sorted(seeds)]
+    taken = tuple((cell, term.cells) for term, cell, _ in found if len(term.cells) > 1)
+    return replace(decide(part, sums), best=taken)
 
 
 def decide(part: Part, sums: Sequence[float]) -> Judgement:
@@ -160,14 +166,19 @@ def _difference(metric: str, one: Cell, other: Cell) -> tuple[Term, Term]:
     return Term(1.0, metric, (one,)), Term(-1.0, metric, (other,))
 
 
-def _values(term: Term, measured: Mapping[tuple[str, str], Values]) -> Values:
-    found = [values for cell in term.cells if (values := measured.get((cell.slug, term.metric)))]
+def best(term: Term, measured: Mapping[tuple[str, str], Values]) -> Cell | None:
+    """Of the term's cells the one that is best on average, over the seeds that all have; None: not all were run."""
+    found = {cell: values for cell in term.cells if (values := measured.get((cell.slug, term.metric)))}
     if len(found) < len(term.cells):
-        return {}
+        return None
+    common = set.intersection(*(set(values) for values in found.values()))
     sign = 1 if term.metric in HIGHER_IS_BETTER else -1
-    common = set.intersection(*(set(values) for values in found))
-    means = [sign * mean(values[seed] for seed in common) if common else -math.inf for values in found]
-    return found[max(range(len(found)), key=lambda index: means[index] if math.isfinite(means[index]) else -math.inf)]
+
+    def merit(cell: Cell) -> float:
+        average = sign * mean(found[cell][seed] for seed in common) if common else math.nan
+        return average if math.isfinite(average) else -math.inf
+
+    return max(found, key=merit)
 
 
 def _tail(distance: float, error: float, freedom: int) -> float:
