@@ -133,10 +133,13 @@ class Publisher:
             patience: seconds to wait for a publication that is being stored right now.
 
         Returns:
-            False when there still was one, or the copy failed: this one is skipped.
+            False when there still was one, the copy failed, or nothing is published any more: this one is left out.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: not self._storing, patience) or self._stopping.is_set():
+            free = self._changed.wait_for(lambda: not self._storing, patience)
+            if self._stopping.is_set():
+                return False
+            if not free:
                 self.skipped += 1
                 return False
             if self._job is not None and self._job.update == update:  # the same weights wait for another attempt
@@ -204,17 +207,23 @@ class Publisher:
             settled = self._attempt(functools.partial(self._store_snapshot, job))
             with self._changed:
                 self._storing = False
+                if settled:  # at once: whoever waits must not find it still to be done
+                    self._drop(job)
+                    return
                 self._changed.notify_all()
-                if settled or not self._worth_another(job, pause):
+                if not self._worth_another(job, pause):
                     break
                 self._storing = True
             pause = min(2 * pause, RETRY_SECONDS_MOST)
-        if not settled and job.manifest is not None and not self._names(job.manifest.reference):
+        if job.manifest is not None and not self._names(job.manifest.reference):
             self._abandoned.append(job.manifest)
         with self._changed:
-            if self._job is job:
-                self._job = None
-            self._changed.notify_all()
+            self._drop(job)
+
+    def _drop(self, job: _Job) -> None:
+        if self._job is job:
+            self._job = None
+        self._changed.notify_all()
 
     def _worth_another(self, job: _Job, pause: float) -> bool:
         """After a pause, whether `job` is still what is to be stored."""
@@ -390,8 +399,7 @@ class Publisher:
     def _split(self, retained: tuple[Reference, ...]) -> tuple[tuple[Reference, ...], tuple[Reference, ...]]:
         """What stays on the store and what goes: never the newest `keep`; in sync mode nothing that a restart needs."""
         needed_from = self._lowest_floor() if self._config.sync else None
-        newest = retained[-self._config.keep :]
-        kept = tuple(r for r in retained if r in newest or (needed_from is not None and r.update >= needed_from))[
-            -RETAINED:
-        ]
-        return kept, tuple(r for r in retained if r not in kept)
+        newest = set(retained[-self._config.keep :])
+        kept = [r for r in retained if r in newest or (needed_from is not None and r.update >= needed_from)][-RETAINED:]
+        stays = set(kept)
+        return tuple(kept), tuple(r for r in retained if r not in stays)

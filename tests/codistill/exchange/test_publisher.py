@@ -320,6 +320,28 @@ def test_the_last_snapshot_waits_for_one_that_is_being_stored(publishers, object
     assert (latest(objects).manifest.update, publisher.skipped) == (4, 0)
 
 
+class Hesitant(threading.Condition):
+    """The publishing thread pauses whenever it has let go of it, so that whoever waits goes first."""
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        if threading.current_thread().name == "codistill_publish_loop":
+            time.sleep(0.05)
+
+
+def test_weights_that_were_being_stored_when_training_ended_are_final_in_the_end(publishers, objects):
+    publisher = publishers(objects)
+    publisher._changed.__class__ = Hesitant
+    until(lambda: latest(objects))
+    held_back(objects, publisher)
+    opening = threading.Timer(0.2, objects.gate.clear)
+    opening.start()
+    assert publisher.publish(weights(2), update=2, epoch=1, metrics={}, final=True, patience=20)
+    opening.join()
+    assert publisher.flush(20)
+    assert (latest(objects).manifest.update, latest(objects).manifest.final) == (2, True)
+
+
 def test_a_spoilt_manifest_of_an_earlier_start_does_not_keep_ours_back(publishers, objects):
     first = publishers(objects, sync=True)
     publish(first, 2)
@@ -409,6 +431,7 @@ def test_a_superseded_process_stops_publishing_and_says_so_once(publishers, obje
     until(lambda: latest(objects).incarnation == 2)
     until(lambda: incidents.counts == {"superseded": 1})
     assert not old.publish(weights(4), update=4, epoch=1, metrics={})
+    assert old.skipped == 0  # which would say that the store is too slow
     publish(new, 6)
     old.close(5, ended=True)
     found = latest(objects)
