@@ -26,6 +26,7 @@ RENDEZVOUS = re.compile(r"tcp://[^/:\s]+:([1-9][0-9]{0,4})")
 ON_ERROR = ("continue", "fail")
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MAX_PEERS = 1024
+MAX_TIMEOUT = 1_000_000  # seconds: clocks that a wait is measured by overflow, far above
 STALE_INTERVALS = 10
 
 
@@ -239,10 +240,12 @@ class CodistillConfig:
             raise self.error("max_staleness", f"must be 0 or at least {flag('interval')} ({self.interval})")
         if not (math.isfinite(self.alpha) and self.alpha >= 0):
             raise self.error("alpha", "must be a finite number, 0 or more")
-        for name in ("temperature", "alpha_growth", "timeout"):
+        for name in ("temperature", "alpha_growth"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise self.error(name, "must be a finite number above 0")
+        if not 0 < self.timeout <= MAX_TIMEOUT:
+            raise self.error("timeout", f"must be above 0 and at most {MAX_TIMEOUT} seconds")
         if not self.alpha_max >= self.alpha:
             raise self.error("alpha_max", f"must be at least {flag('alpha')} ({self.alpha}); leave it out for no cap")
 

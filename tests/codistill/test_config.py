@@ -161,8 +161,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "--codistill-max-staleness 499: must be 0 or at least --codistill-interval (500)",
     ),
     ({"on_error": "panic"}, "--codistill-on-error panic: must be one of continue, fail"),
-    ({"timeout": 0.0}, "--codistill-timeout 0.0: must be a finite number above 0"),
-    ({"timeout": INF}, "--codistill-timeout inf: must be a finite number above 0"),
+    ({"timeout": 0.0}, "--codistill-timeout 0.0: must be above 0 and at most 1000000 seconds"),
+    ({"timeout": INF}, "--codistill-timeout inf: must be above 0 and at most 1000000 seconds"),
+    ({"timeout": 1e10}, "--codistill-timeout 10000000000.0: must be above 0 and at most 1000000 seconds"),
     ({"dtype": "int8"}, "--codistill-dtype int8: must be one of float32, bfloat16, float16"),
     ({"keep": 1}, "--codistill-keep 1: must be 2 or more"),
     (

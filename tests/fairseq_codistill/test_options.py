@@ -85,7 +85,7 @@ BAD = [
     (["--codistill-burn-in", "-1"], "--codistill-burn-in -1: must be 0 or more"),
     (["--codistill-max-staleness", "-1"], "--codistill-max-staleness -1: must be 0 or more"),
     (["--codistill-on-error", "panic"], "--codistill-on-error panic: must be one of continue, fail"),
-    (["--codistill-timeout", "0"], "--codistill-timeout 0.0: must be a finite number above 0"),
+    (["--codistill-timeout", "0"], "--codistill-timeout 0.0: must be above 0 and at most 1000000 seconds"),
     (["--codistill-dtype", "int8"], "--codistill-dtype int8: must be one of float32, bfloat16, float16"),
     (["--codistill-keep", "1"], "--codistill-keep 1: must be 2 or more"),
     (
