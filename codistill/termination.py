@@ -67,6 +67,10 @@ class Termination:
             self._end()
 
     def _note(self, number: int, frame: Optional[FrameType]) -> None:
+        if self._pid is None:  # removed, but a handler that came later still calls us
+            if callable(self._before):
+                self._before(number, frame)
+            return
         if os.getpid() != self._pid:
             self._end()
             return

@@ -138,6 +138,19 @@ def test_a_handler_installed_later_is_left_alone(start):
     assert terminated_after_its_first_turn(process) == "theirs\n"
 
 
+def test_after_removal_a_handler_installed_later_that_calls_ours_keeps_the_last_word(start):
+    chained = (
+        "ours = signal.getsignal(signal.SIGTERM); "
+        "signal.signal(signal.SIGTERM, lambda number, frame: (ours(number, frame), say('theirs'))); "
+        "listener.remove(); say('turn'); time.sleep(60)"
+    )
+    process = start(before="", busy=chained)
+    assert process.stdout.readline() == "turn\n"
+    process.terminate()
+    assert process.stdout.readline() == "theirs\n"
+    assert process.poll() is None
+
+
 def test_outside_the_main_thread_nothing_is_changed():
     code = """
 import signal, threading
