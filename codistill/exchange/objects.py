@@ -31,7 +31,9 @@ from codistill.exchange.errors import ExchangeError, Refused, StorageError
 
 logger = logging.getLogger("codistill")
 
-CHUNK = 16 * 1024 * 1024  # one request's worth: each gets its own timeout, so no object is too large for a slow line
+# One request's worth, one request at a time: each has its own timeout, so that the slowest line that is fast enough
+# (5 Mbit/s at 30 s a request) does not depend on an object's size.
+CHUNK = 16 * 1024 * 1024
 _ENVIRONMENT = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
 _SWITCHES = ("allow_http", "allow_invalid_certificates")
 _TEXTS = ("proxy_url", "proxy_ca_certificate", "proxy_excludes")
@@ -46,6 +48,7 @@ _REPLY = re.compile(r"<[?!a-zA-Z].*")  # a server's XML or HTML, which may quote
 _UNCONDITIONAL = re.compile(
     r"status code: (405|501)|<Code>(Invalid(Argument|Request)|Not(Implemented|Supported))|not yet implemented"
 )
+_FORBIDDEN = re.compile(r"status code: 403 Forbidden:( AccessDenied|$)")  # with no other reason
 _NO_BUCKET = re.compile(r"<Code>(NoSuchBucket|ContainerNotFound)<")
 _KINDS = {stat.S_IFLNK: "a symbolic link", stat.S_IFIFO: "a pipe", stat.S_IFDIR: "a folder", stat.S_IFSOCK: "a socket"}
 
@@ -154,7 +157,7 @@ class Objects:
             size = memoryview(data).nbytes
             # 10,000 parts are the most that S3 takes.
             chunk = max(CHUNK, size // 9_000)
-            obstore.put(self._store, key, data, use_multipart=size > chunk, chunk_size=chunk, max_concurrency=4)
+            obstore.put(self._store, key, data, use_multipart=size > chunk, chunk_size=chunk, max_concurrency=1)
 
     def create(self, key: str, data: Any) -> bool:
         """Write an object unless one of that name exists; False when it does.
@@ -271,7 +274,10 @@ class Objects:
                 raise
             place = f"{self.url.rstrip('/')}/{key}" if key else self.url
             kind = _Rejected if _UNCONDITIONAL.search(str(error)) else StorageError
-            raise kind("storage", f"{doing} {place} failed: {_one_line(error)}") from None
+            reason = _one_line(error)
+            if doing == "reading" and _FORBIDDEN.search(reason):
+                reason += " (so S3 answers for an absent object, too, without the permission s3:ListBucket)"
+            raise kind("storage", f"{doing} {place} failed: {reason}") from None
 
 
 def _open(url: str, timeout: float) -> Any:

@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from werkzeug.wrappers import Response
 
 from codistill.exchange.errors import Refused, StorageError
-from codistill.exchange.objects import Objects
+from codistill.exchange.objects import CHUNK, Objects
 from tests.fixtures_store import (
     CREDENTIALS,
     S3Server,
@@ -266,6 +267,32 @@ class TestTroubleWithAServer:
         ):
             s3_objects.get("key", limit=1)
         assert trouble.fired == 1
+
+    def test_where_absent_objects_are_forbidden_the_missing_permission_is_named(self, s3_server, s3_objects):
+        with s3_server.trouble(refuse("403 Forbidden", "AccessDenied")):
+            for ask in (lambda: s3_objects.get("key", limit=1), lambda: s3_objects.exists("key")):
+                with pytest.raises(StorageError, match=r"403 Forbidden:.* \(so S3 .* permission s3:ListBucket\)$"):
+                    ask()
+            with pytest.raises(StorageError, match=r"AccessDenied: On purpose\.$"):
+                s3_objects.put("key", b"data")
+
+    def test_the_parts_of_an_object_go_one_at_a_time(self, s3_server, s3_objects):
+        """Four at once would each have a quarter of a slow line, and all of them the same time."""
+        under_way, most = [], []
+
+        def count(trouble, request, honest):
+            under_way.append(request)
+            most.append(len(under_way))
+            time.sleep(0.1)
+            try:
+                return honest()
+            finally:
+                under_way.remove(request)
+
+        with s3_server.trouble(count, where=lambda request: "partNumber" in request.args):
+            s3_objects.put("key", bytes(3 * CHUNK + 1))
+        assert most == [1] * 4
+        assert s3_objects.size("key") == 3 * CHUNK + 1
 
     @pytest.mark.parametrize("damage", [cut_short, reset_in_the_middle])
     def test_a_body_that_breaks_off_is_asked_for_again_from_there(self, s3_server, s3_objects, tmp_path, damage):
