@@ -228,6 +228,7 @@ class Codistiller:
             "run_id": self.config.run_id,
             "init_hash": self._init_hash,
             "in_use": self._exchange.state_dict() if self._exchange else self._restored.get("in_use", {}),
+            "sums": None if self._sums is None else self._sums.tolist(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -264,16 +265,21 @@ class Codistiller:
             self._workers.close()
 
     def _start(self, update: int) -> None:
-        self._workers = Workers(timeout=2 * self.config.timeout + 120)
+        try:
+            self._workers = Workers(timeout=2 * self.config.timeout + 120)
+        except WorkersLost as error:
+            self._incidents.report("workers", f"{error}; this peer trains on without the exchange")
+            return
         state = self._state()
         trainable = {name for name, p in self._model.named_parameters(remove_duplicate=False) if p.requires_grad}
         self._distance = Distance(self._save_dir, trainable & distinct(state).keys())
-        if self._init_hash is None:
-            self._init_hash = weights_hash(state)
-            if self._workers.first:
-                self._record_initial_weights(self._distance, state)
-        else:
-            self._measure(update)  # after a resume: the next boundary may be far
+        resumed = self._init_hash is not None or (update > 0 and self._distance.known)  # with our state, or without
+        self._init_hash = self._init_hash or weights_hash(state)
+        if resumed:
+            self._measure(update)  # the next boundary may be far
+            self._take_up_sums()
+        elif self._workers.first:
+            self._record_initial_weights(self._distance, state)
         by_prediction = self.config.exchange == "prediction"
         if self.config.peers == 1 or (by_prediction and not self.config.coordinated):
             return
@@ -341,6 +347,12 @@ class Codistiller:
         self._means = (loss / positions, agreement / positions) if positions else (0.0, 0.0)
         if unusable:
             self._incidents.report("non-finite", f"a peer's predictions were not finite in {unusable:g} batches")
+
+    def _take_up_sums(self) -> None:
+        """After a resume: what worker 0, which writes checkpoints, had of the interval that was under way."""
+        sums = self._restored.get("sums")
+        if sums and self._workers is not None and self._workers.first:
+            self._sums = torch.tensor(sums, dtype=torch.float32, device=next(self._model.parameters()).device)
 
     @property
     def _copied(self) -> bool:

@@ -98,6 +98,11 @@ class Distance:
         self._path = folder / INITIAL_WEIGHTS
         self._names = sorted(trainable)
 
+    @property
+    def known(self) -> bool:
+        """Whether there are initial values."""
+        return self._path.exists()
+
     def record(self, state: Mapping[str, Tensor]) -> None:
         """Keep `state` as the initial values; the file appears whole or not at all.
 
@@ -120,7 +125,7 @@ class Distance:
         Raises:
             OSError, SafetensorError: the initial weights cannot be read.
         """
-        if not self._path.exists():
+        if not self.known:
             return math.nan
         total = 0.0
         # As numpy arrays: safetensors 0.8 leaks 64 bytes with every tensor that it makes a torch tensor of.

@@ -42,11 +42,16 @@ class Workers:
 
         Args:
             timeout: seconds a collective may take before it counts as failed.
+
+        Raises:
+            WorkersLost: a worker did not come.
         """
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self.rank = dist.get_rank() if several else 0
         self.size = dist.get_world_size() if several else 1
-        self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if several else None
+        self._group: Any = None
+        if several:
+            self._group = self._run(lambda: dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))
         self.fetcher = self._first_on_this_machine()
 
     @property
@@ -98,9 +103,9 @@ class Workers:
             with contextlib.suppress(Exception):  # the host may have taken down all groups already
                 dist.destroy_process_group(group)
 
-    def _run(self, collective: Callable[[], object]) -> None:
+    def _run(self, collective: Callable[[], Any]) -> Any:
         try:
-            collective()
+            return collective()
         except RuntimeError as error:
             raise WorkersLost(f"the workers of this peer could not meet: {first_line(error)}") from error
 

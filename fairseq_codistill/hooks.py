@@ -110,10 +110,17 @@ class TaskHooks:
             self.codistiller.checkpoint_saved(self.update)
         self.codistiller.begin_update(self.update, self.epoch)
         if self._weight_decay is not None:
-            self._weight_decay.apply(optimizer.param_groups, self.update, self.epoch - 1)
+            self._decay(self._weight_decay, optimizer.param_groups)
         for key, value in self.codistiller.metrics().items():
             if key not in ("loss", "agreement"):  # these come from the logging outputs of all workers
                 metrics.log_scalar(f"codistill_{key}", value, weight=0, priority=1500, round=6)
+
+    def _decay(self, schedule: WeightDecay, groups: list[dict[str, Any]]) -> None:
+        if schedule.decaying is None and not any(group.get("weight_decay") for group in groups):
+            # With --reset-dataloader fairseq keeps our state from us, and the schedule may have come to 0 before.
+            given = getattr(self._root.optimizer, "weight_decay", 0.0) != 0
+            schedule.decaying = [given] * len(groups)
+        schedule.apply(groups, self.update, self.epoch - 1)
 
     def _begin_batch(self) -> None:
         if self._data is None or self.codistiller is None:

@@ -304,6 +304,32 @@ def test_a_resumed_peer_goes_on_without_a_peer_of_which_nothing_is_left(peers):
     assert not again.codistiller.active
 
 
+@pytest.mark.parametrize("anew", [True, False], ids=["anew", "trained longer"])
+def test_a_new_training_in_the_place_of_one_that_has_ended_is_told_so(peers, caplog, anew):
+    first = peers(0)
+    first.step(5)
+    first.codistiller.finish(first.update)
+    again = peers(0, save_dir="anew") if anew else resume(peers, first)
+    again.step()
+    assert caplog.text.count("a new training needs a new --codistill-run-id") == anew
+
+
+def test_a_counter_that_was_set_back_does_not_make_a_peer_look_fresh(peers):
+    first, second = pair(peers, max_staleness=6)
+    both_in_use(first, second)
+    while first.update < 20:
+        first.step()
+        second.step()
+    first.codistiller.close()
+    second.codistiller.close()
+    again = resume(peers, first, max_staleness=6)
+    again.update = 0
+    again.step()
+    assert again.metrics()["staleness"] == 0
+    again.step(20)
+    assert again.metrics()["peers"] == 0
+
+
 def test_a_checkpoint_taken_to_another_run_leaves_the_old_runs_peers_behind(peers):
     first, second = pair(peers, sync=False)
     both_in_use(first, second)
@@ -433,16 +459,33 @@ def test_a_line_that_still_waits_when_the_process_leaves_is_written(peers):
     assert [(line["update"], line["distance"]) for line in lines_of(peer)] == [(2, None)]
 
 
-def test_after_a_resume_the_distance_is_known_at_once(peers):
+@pytest.mark.parametrize("told", [True, False], ids=["with our state", "without it"])
+def test_after_a_resume_the_distance_is_known_at_once(peers, told):
     first = peers(0, peers=1)
     distance = moved_since(first)
     first.step(5)
     first.codistiller.close()
     again = peers(0, peers=1, seed=77)
     again.model.load_state_dict(first.model.state_dict())
-    again.codistiller.load_state_dict(first.codistiller.state_dict())
+    if told:  # fairseq keeps it back with --reset-dataloader
+        again.codistiller.load_state_dict(first.codistiller.state_dict())
     again.codistiller.begin_update(first.update, epoch=1)
     assert again.metrics()["distance"] == pytest.approx(distance(), rel=1e-5)
+
+
+def test_an_interval_that_was_cut_in_two_by_a_restart_is_told_of_as_a_whole(peers):
+    first, second = pair(peers, sync=False)
+    both_in_use(first, second)
+    first.step(2 + first.update % 2)  # up to the end of an interval, which the next update would tell
+    state = first.codistiller.state_dict()
+    again = resume(peers, first)
+    first.codistiller.begin_update(first.update, epoch=1)
+    first.codistiller.close()
+    again.codistiller.begin_update(again.update, epoch=1)
+    assert state["sums"]
+    told = [(metrics["loss"], metrics["agreement"]) for metrics in (first.metrics(), again.metrics())]
+    assert told[0] == told[1]
+    assert told[0][0] > 0
 
 
 def at_a_boundary(first, second):

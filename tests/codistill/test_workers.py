@@ -42,6 +42,22 @@ else:
     answer["seconds"] = time.monotonic() - began
 """
 
+NEVER_MET = """
+import functools, time
+from pathlib import Path
+from codistill import codistiller
+from tests.fixtures_peers import Peer
+if rank == 1:
+    time.sleep(WAIT + 5)  # it does not even begin
+else:
+    meet = codistiller.Workers
+    codistiller.Workers = lambda timeout: meet(WAIT)
+    peer = Peer(Path(FOLDER), peers=PEERS)
+    peer.step(5)
+    answer = {"causes": peer.causes(), "updates": len(peer.losses), "peers": peer.metrics()["peers"]}
+    peer.codistiller.close()
+"""
+
 
 @given(st.lists(st.integers(-(2**63), 2**63 - 1)))
 def test_one_worker_needs_no_group_and_agrees_with_itself(values):
@@ -82,3 +98,13 @@ def test_a_lost_worker_is_noticed_in_time_and_told_in_one_line(tmp_path, ends):
     assert first["lost"].startswith("the workers of this peer could not meet: ")
     assert "\n" not in first["lost"]
     assert first["seconds"] < 30
+
+
+@pytest.mark.parametrize("peers", [1, 2])
+def test_a_peer_whose_workers_never_met_trains_on_without_the_exchange(tmp_path, peers):
+    values = {"WAIT": "2", "FOLDER": repr(str(tmp_path)), "PEERS": str(peers)}
+    code = NEVER_MET
+    for name, value in values.items():
+        code = code.replace(name, value)
+    first, _ = data_parallel(tmp_path, code)
+    assert first == {"causes": {"workers": 1}, "updates": 5, "peers": 0}

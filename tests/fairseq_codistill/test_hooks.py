@@ -189,6 +189,19 @@ def test_after_a_resume_in_a_phase_without_decay_the_right_groups_get_it_again(h
     assert decays(resumed) == [0.3, 0.0]
 
 
+def test_a_resume_without_our_state_in_a_phase_without_decay_goes_on_with_the_schedule(hosts):  # noqa: F811
+    host = hosts(0, *ALONE, *SCHEDULE)
+    for update in (0, 6):
+        host.step(batch(host), update)
+    saved = host.optimizer.state_dict()
+    resumed = hosts(0, *ALONE, *SCHEDULE)  # --reset-dataloader: nobody calls set_checkpoint_dict
+    resumed.optimizer.load_state_dict(saved)
+    resumed.step(batch(resumed), 7)
+    assert set(decays(resumed)) == {0.0}
+    resumed.step(batch(resumed), 10)
+    assert set(decays(resumed)) == {0.3}
+
+
 def test_weight_decay_may_follow_epochs(hosts):  # noqa: F811
     host = hosts(0, *ALONE, "--weight-decay", "0.1", "--codistill-weight-decay", "0:0.1,2:0.01")
     for epoch, update in ((1, 0), (2, 10), (3, 20)):

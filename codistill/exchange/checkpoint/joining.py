@@ -22,7 +22,7 @@ from codistill.exchange.protocol import OnCopy
 from codistill.exchange.publisher import Publisher
 from codistill.exchange.signing import KEY, signing_key
 from codistill.exchange.store import RunStore
-from codistill.meters import Incidents
+from codistill.meters import Incidents, logger
 from codistill.topology import Topology
 from codistill.workers import Workers
 
@@ -74,6 +74,12 @@ class Joining:
             membership.join()
         except ExchangeError as error:  # the publisher tries again with every heartbeat
             self._incidents.report(error.cause, str(error))
+        if floor == 0 and membership.before is not None and membership.before.closed:
+            logger.warning(
+                "codistill: peer %d of run %s has ended its training before; a new training needs a new %s, "
+                "or its peers begin by learning from what the old one left",
+                *(self._config.peer, self._config.run_id, flag("run-id")),
+            )
         publisher = Publisher(self._store, membership, self._config, identity, self._incidents, lowest_floor, on_copy)
         publisher.start(floor)
         return publisher

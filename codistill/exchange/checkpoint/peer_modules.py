@@ -149,8 +149,13 @@ class PeerModules:
         return True
 
     def date_back(self, before: Mapping[int, InUse]) -> None:
-        """After a resume: what was taken up again counts from when it was first taken up."""
-        self._held = {peer: InUse(used.proposal, before[peer].accepted) for peer, used in self._held.items()}
+        """After a resume: what was taken up again counts from when it was first taken up.
+
+        Not from later than now: the host's counter may have been set back to 0.
+        """
+        self._held = {
+            peer: InUse(used.proposal, min(before[peer].accepted, used.accepted)) for peer, used in self._held.items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """What is held, in plain types."""
