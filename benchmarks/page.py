@@ -38,7 +38,7 @@ def _picture(found: re.Match[str]) -> str:
 
 def _part(found: re.Match[str]) -> str:
     kind, question = found.groups()
-    return "\n".join(_goals() if kind == "goals" else _rows(question))
+    return "\n".join(_goals() if kind == "goals" else _rows(question)).rstrip("\n")
 
 
 def _rows(question: str) -> Iterator[str]:
@@ -52,6 +52,7 @@ def _rows(question: str) -> Iterator[str]:
             + "\n"
         )
         yield from _table(record.read(path))
+        yield ""
     if not any(path.exists() for path in kept):
         yield "Not measured yet."
 

@@ -129,7 +129,7 @@ def commands(line):
     words = []
     for word in [*lexer, ";"]:
         if set(word) <= set(";&|"):
-            while words and (words[0] in ("do", "done") or re.match(r"[A-Z_]+=", words[0])):
+            while words and (words[0] in ("do", "done") or re.match(r"[A-Za-z_]+=", words[0])):
                 del words[0]
             if words:
                 yield words
@@ -270,6 +270,7 @@ KINDS = {
     "export": by_export,
     "for": not_ours,
     "jq": not_ours,
+    "test": not_ours,
     "tensorboard": not_ours,
 }
 SPANS = ("make", "pip", "python -m")  # in running text these are looked at, too
