@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from codistill.config import ConfigError
-from codistill.exchange.errors import ExchangeError, Refused
+from codistill.exchange.errors import ExchangeError, Refused, same_start
 from codistill.exchange.membership import HEARTBEAT_SECONDS
 from codistill.exchange.signing import KEY, signing_key
 from codistill.survey import PATIENCE, Seen, Sight, Survey
@@ -222,14 +222,7 @@ def _equal_starts(seen: Mapping[int, Seen]) -> dict[int, Refused]:
         if one.latest is not None and one.latest.manifest is not None:
             groups.setdefault(one.latest.manifest.init_hash, []).append(peer)
     twins = {peer: group[peer == group[0]] for group in groups.values() if len(group) > 1 for peer in group}
-    return {
-        peer: Refused(
-            "init",
-            f"it started from the same initial weights as peer {twin}; give each peer its own seed, or, if both start "
-            "from one checkpoint, some weights of its own (a fresh head)",
-        )
-        for peer, twin in twins.items()
-    }
+    return {peer: same_start(f"peer {twin}") for peer, twin in twins.items()}
 
 
 def to_json(report: Report) -> str:

@@ -18,10 +18,6 @@ class ExchangeError(Exception):
         super().__init__(message)
         self.cause = cause
 
-    def __reduce__(self) -> tuple[type[ExchangeError], tuple[str, str]]:
-        """Survive the way between processes, where `args` alone would lose the cause."""
-        return type(self), (self.cause, str(self))
-
 
 class Refused(ExchangeError):
     """What was read (or is about to be written) is not acceptable; trying again brings the same.
@@ -29,6 +25,15 @@ class Refused(ExchangeError):
     Causes: size, format, run, peer, signature, hash, names, shape, dtype, non-finite, fingerprint, init, architecture,
     rollback, terms, exists.
     """
+
+
+def same_start(whom: str = "this peer") -> Refused:
+    """The refusal of a peer that began with the weights of `whom`, so that they have nothing to tell each other."""
+    return Refused(
+        "init",
+        f"it started from the same initial weights as {whom}; give each peer its own seed, or, if both start from one "
+        "checkpoint, some weights of its own (a fresh head)",
+    )
 
 
 class StorageError(ExchangeError):

@@ -22,7 +22,7 @@ from typing import Optional
 from codistill.exchange.checkpoint.architectures import Architecture
 from codistill.exchange.checkpoint.meeting import Proposal
 from codistill.exchange.checkpoint.presence import Presence
-from codistill.exchange.errors import ExchangeError, Refused, StorageError
+from codistill.exchange.errors import ExchangeError, Refused, StorageError, same_start
 from codistill.exchange.manifest import Latest, Manifest, Reference
 from codistill.exchange.membership import Identity
 from codistill.exchange.snapshot import Template
@@ -363,11 +363,7 @@ class Fetcher:
         if manifest.dtype != self._dtype:
             raise Refused("dtype", f"its weights travel as {manifest.dtype}, the run agreed on {self._dtype}")
         if manifest.init_hash == self._identity.init_hash:
-            raise Refused(
-                "init",
-                "it started from the same initial weights as this peer; give each peer its own seed, or, if both start "
-                "from one checkpoint, some weights of its own (a fresh head)",
-            )
+            raise same_start()
 
     def _remember(self, peer: int, path: Path) -> None:
         files = self._files.setdefault(peer, deque())

@@ -19,7 +19,7 @@ from typing import Any, Optional
 import torch.distributed as dist
 
 from codistill.config import ConfigError
-from codistill.exchange.errors import Refused, StorageError
+from codistill.exchange.errors import Refused, StorageError, same_start
 from codistill.exchange.prediction.board import HOST, Board, own_address, serve
 from codistill.exchange.prediction.posts import COUNTED, Post, Proposal, plain_terms
 from codistill.exchange.protocol import Position
@@ -234,11 +234,7 @@ class Rendezvous:
     def _judge(self, post: Post) -> None:
         compare_terms(self._run, post.terms, self._terms)
         if post.init_hash == self._init_hash:
-            raise Refused(
-                "init",
-                "it started from the same initial weights as this peer; give each peer its own seed, or, if both start "
-                "from one checkpoint, some weights of its own (a fresh head)",
-            )
+            raise same_start()
 
     def _is_ready(self, standing: Standing, now: float) -> bool:
         """Whether we want to be in a group, and the training thread is at work."""

@@ -1,7 +1,6 @@
 """The manifest and latest.json: every key there, none unknown, every value of its type and in its range."""
 
 import json
-import pickle
 from typing import Any
 
 import pytest
@@ -188,8 +187,3 @@ def test_the_longest_list_of_snapshots_fits_the_cap():
     longest = make_latest(make_manifest(), retained=(Reference(MOST, MOST, MOST),) * RETAINED)
     assert len(longest.to_json()) + MANIFEST_BYTES <= LATEST_BYTES
     assert Latest.parse(longest.to_json()) == longest
-
-
-def test_an_error_keeps_its_cause_on_the_way_between_processes():
-    error = pickle.loads(pickle.dumps(Refused("hash", "one line")))
-    assert (type(error), error.cause, str(error)) == (Refused, "hash", "one line")
