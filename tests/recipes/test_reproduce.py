@@ -311,22 +311,32 @@ def test_the_page_follows_from_the_numbers_alone(tmp_path):
     write_runs(folder, {cell: {"top1": values} for cell, values in ends.items()})
     assert main(["--page-only", "--out", str(tmp_path)]) == 0
     lines = (tmp_path / "reproduction.md").read_text(encoding="utf-8").splitlines()
-    [claim] = [line for line in lines if line.startswith("| C3 ")]
-    assert claim.endswith("| 12 | **holds** |")
+    [claim] = [line for line in lines if line.startswith("| [C3](#c3) ")]
+    assert claim.endswith("| [12](#figure-12) | **holds** |")
     [part] = [line for line in lines if line.startswith("| accuracy is lower than that of all_reduce |")]
     assert part.endswith("| below 0 | -1.00 | -1.25 to -0.75 | 0.002 | 3 | holds |")
     assert "| all_reduce | validation top-1 (%) | 97.0 ± 2.5 | 0 1 2 (not run: 3 4 5 6 7 8 9) |" in lines
-    assert any(line.startswith("| C10 ") and line.endswith("**not run** |") for line in lines)
+    assert any(line.startswith("| [C10](#c10) ") and line.endswith("**not run** |") for line in lines)
+    assert any(
+        line.startswith("**9 of ") and line.endswith("`make reproduce` goes on with the rest.") for line in lines
+    )
     assert not any("[[" in line for line in lines)
     pictures = [line.partition("](")[2].rstrip(")") for line in lines if line.startswith("![")]
     assert {"reproduction/figure-2.png", "reproduction/figure-12.png"} <= set(pictures)
     assert (tmp_path / pictures[0]).read_bytes().startswith(b"\x89PNG")
 
 
+def test_numbers_that_are_older_than_a_metric_can_still_be_read(tmp_path):
+    write_runs(tmp_path, {REDUCE: {"top1": [97.0, 96.0, 98.0]}})
+    lines = (tmp_path / "runs.csv").read_text().splitlines()
+    (tmp_path / "runs.csv").write_text("".join(line.rpartition(",")[0] + "\n" for line in lines))
+    assert results.read(tmp_path).ends[REDUCE.slug, "top1"] == {0: 97.0, 1: 96.0, 2: 98.0}
+
+
 def test_every_figure_of_the_paper_leads_to_a_recipe_at_its_own_scale_and_to_a_verdict(tmp_path):
     assert main(["--page-only", "--out", str(tmp_path)]) == 0
     sections = (tmp_path / "reproduction.md").read_text(encoding="utf-8").split("### Figure ")[1:]
-    assert [section.partition(":")[0] for section in sections] == [str(number) for number in range(1, 18)]
+    assert [section.partition("\n")[0] for section in sections] == [str(number) for number in range(1, 18)]
     for section in sections:
         assert re.search(r"^C\d+.*: \*\*.+\*\*", section, flags=re.M), section
         [recipe] = re.findall(r"At the paper's scale: `(.+?)`\.", section)

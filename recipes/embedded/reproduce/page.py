@@ -37,7 +37,7 @@ def write(out: Path, found: Results, *, quick: bool = False) -> None:
     judged = {claim.key: [judge(part, found.ends) for part in claim.parts] for claim in CLAIMS}
     verdicts = {key: together([one.verdict for one in parts]) for key, parts in judged.items()}
     parts = {
-        "quick": [QUICK] if quick else [],
+        "so_far": [QUICK] if quick else _so_far(found),
         "claims": _overview(verdicts),
         "margins": _margins(),
         "chosen": _chosen(results.read(folder / search.NAME)),
@@ -46,6 +46,16 @@ def write(out: Path, found: Results, *, quick: bool = False) -> None:
     }
     text = re.sub(r"^\[\[(\w+)\]\]$", lambda mark: "\n".join(parts[mark[1]]), TEXT.read_text("utf-8"), flags=re.M)
     (out / f"{NAME}.md").write_text(text, encoding="utf-8")
+
+
+def _so_far(found: Results) -> Iterator[str]:
+    wanted = {(cell.slug, seed) for figure in FIGURES for cell in figure.cells() for seed in figure.seeds}
+    done = {(slug, seed) for slug, seeds in found.seconds.items() for seed in seeds}
+    if missing := len(wanted - done):
+        yield (
+            f"**{len(wanted) - missing} of {len(wanted)} trainings are finished, and verdicts are of these.** "
+            f"`{COMMAND}` goes on with the rest."
+        )
 
 
 def _margins() -> Iterator[str]:
@@ -58,7 +68,10 @@ def _margins() -> Iterator[str]:
 
 
 def _overview(verdicts: Mapping[str, Verdict]) -> Iterator[str]:
-    rows = [[claim.key, claim.says, ", ".join(claim.figures), f"**{verdicts[claim.key]}**"] for claim in CLAIMS]
+    rows = []
+    for claim in CLAIMS:
+        figures = ", ".join(f"[{key}](#{_anchor(key)})" for key in claim.figures)
+        rows.append([f"[{claim.key}](#{claim.key.lower()})", claim.says, figures, f"**{verdicts[claim.key]}**"])
     yield from _table(("", "claim, in our words", "figures", "here"), rows)
 
 
@@ -81,8 +94,9 @@ def _chosen(searched: Results) -> Iterator[str]:
 
 
 def _figure(figure: Figure, found: Results, judged: Mapping[str, Sequence[Judgement]], drawn: bool) -> Iterator[str]:
-    number = figure.key.isdecimal()
-    yield f"### {'Figure ' if number else ''}{figure.key}: {figure.title}"
+    yield f"### {'Figure ' if figure.key.isdecimal() else ''}{figure.key}"
+    yield ""
+    yield f"{figure.title}."
     yield ""
     if drawn:
         yield f"![{figure.title}]({NAME}/figure-{figure.key}.png)"
@@ -96,6 +110,11 @@ def _figure(figure: Figure, found: Results, judged: Mapping[str, Sequence[Judgem
     took = sum(sum(own.seconds.get(cell.slug, {}).values()) for cell in figure.cells())
     yield f"`{COMMAND} FIG={figure.key}`, {took / 60:.0f} minutes of training.{_at_full_scale(figure)}"
     yield ""
+
+
+def _anchor(key: str) -> str:
+    """Of a figure's heading."""
+    return f"figure-{key}" if key.isdecimal() else key
 
 
 def _at_full_scale(figure: Figure) -> str:
@@ -167,9 +186,10 @@ def _taken(cell: Cell, tried: Sequence[Cell]) -> str:
 
 
 def _claim(claim: Claim, verdict: Verdict, judged: Sequence[Judgement]) -> Iterator[str]:
-    yield f"### {claim.key}: {verdict}"
+    yield f"### {claim.key}"
     yield ""
-    yield f"{claim.says} ({'Figures' if len(claim.figures) > 1 else 'Figure'} {', '.join(claim.figures)})"
+    figures = ", ".join(f"[{key}](#{_anchor(key)})" for key in claim.figures)
+    yield f"**{verdict}**: {claim.says} ({'Figures' if len(claim.figures) > 1 else 'Figure'} {figures})"
     yield ""
     rows = []
     for one in judged:
@@ -177,7 +197,9 @@ def _claim(claim: Claim, verdict: Verdict, judged: Sequence[Judgement]) -> Itera
         says = "; ".join([one.part.says, *(f"best: {_taken(cell, tried)}" for cell, tried in one.best)])
         shown = _amount(one.part, one.mean) if one.seeds else ""
         span = f"{_amount(one.part, one.low)} to {_amount(one.part, one.high)}" if known else ""
-        rows.append([says, _bound(one.part), shown, span, f"{one.p:.3f}" if known else "", f"{one.seeds}", one.verdict])
+        rows.append(
+            [says, _bound(one.part), shown, span, _probability(one.p) if known else "", f"{one.seeds}", one.verdict]
+        )
     yield from _table(("part", "holds if", "mean", "95 % interval", "p", "seeds", "verdict"), rows)
     yield ""
 
@@ -187,6 +209,10 @@ def _amount(part: Part, value: float) -> str:
     if part.relative:
         return f"{100 * math.expm1(value):+.1f} %"
     return f"{value:.{DIGITS.get(part.terms[0].metric, 3) + 1}f}"
+
+
+def _probability(p: float) -> str:
+    return "< 0.001" if p < 0.0005 else "> 0.999" if p > 0.9995 else f"{p:.3f}"
 
 
 def _bound(part: Part) -> str:

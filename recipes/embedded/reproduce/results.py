@@ -68,7 +68,7 @@ def read(folder: Path) -> Results:
     for row in _rows(folder / "runs.csv"):
         seconds[row["cell"]][int(row["seed"])] = float(row["seconds"])
         for metric in (*METRICS, *EVALUATED):
-            if row[metric]:
+            if row.get(metric):  # a file may be older than a metric
                 numbers[row["cell"], metric][int(row["seed"])].append(float(row[metric]))
     for row in _rows(folder / "curves.csv"):
         points[row["cell"], row["metric"]][int(row["seed"])][int(row["update"])].append(float(row["value"]))
