@@ -15,7 +15,7 @@ import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
@@ -87,6 +87,7 @@ class Panel:
         log_y: y in logarithmic steps.
         span: show at most so much above the lowest mean (negative: below the highest), so that a steep beginning does
             not flatten the rest; not with log_y.
+        ticks: what stands at which x; none: what matplotlib finds fit.
     """
 
     curves: Mapping[str, Curve]
@@ -95,6 +96,7 @@ class Panel:
     title: str = ""
     log_y: bool = False
     span: Optional[float] = None
+    ticks: Mapping[float, str] = field(default_factory=dict)
 
 
 def run(
@@ -247,6 +249,8 @@ def _draw_panel(axes: Any, panel: Panel, names: Sequence[str]) -> None:
     elif panel.span is not None and heights and max(heights) - min(heights) > abs(panel.span):
         edge = min(heights) if panel.span > 0 else max(heights)
         axes.set_ylim(sorted((edge - 0.05 * panel.span, edge + panel.span)))
+    if panel.ticks:
+        axes.set_xticks(list(panel.ticks), list(panel.ticks.values()))
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -85,6 +85,14 @@ def test_a_span_cuts_off_what_is_far_from_the_best(span, shown):
     assert axes.get_ylim() == pytest.approx(shown)
 
 
+def test_ticks_say_what_stands_where():
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    curves = {"line": Curve([-1, 0, 1], [0.0, 4.0, 10.0])}
+    plots._draw_panel(axes, Panel(curves, "x", "y", ticks={-1: "half", 0: "one", 1: "two"}), ["line"])
+    assert axes.get_xticks().tolist() == [-1, 0, 1]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["half", "one", "two"]
+
+
 @pytest.mark.parametrize(("suffix", "begin"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".SVG", b"<?xml")])
 def test_a_picture_is_written_in_the_format_of_its_name(tmp_path, suffix, begin):
     curves = {f"costs $1, {number}_$": Curve([1, 2], [1.0, number]) for number in range(10)}

@@ -103,6 +103,11 @@ def test_all_ways_of_a_figure_have_the_same_workers_and_updates_per_worker(place
                 assert arm.updates_per_epoch * arm.workers * arm.training.batch == settings.IMAGES // cell.part
 
 
+def test_the_ticks_of_a_sweep_are_what_is_varied():
+    assert BY_KEY["6"].panels[0].ticks == {-3: "0.125", -2: "0.25", -1: "0.5", 0: "1"}
+    assert BY_KEY["peers"].panels[0].ticks == {2: "2", 3: "3", 4: "4"}
+
+
 def test_the_schedules_are_those_of_the_paper():
     def shown(cell):
         given = flags(PLACE.arm(cell, 0).train_commands()[0].argv)

@@ -33,6 +33,7 @@ class Sweep:
         x: what is varied.
         levels: cells that do not vary, as level lines.
         title: tells two panels of a figure apart.
+        doubling: the points are at the logarithms to base 2 of what is varied.
     """
 
     metric: str
@@ -40,6 +41,12 @@ class Sweep:
     x: str
     levels: Mapping[str, Cell] = field(default_factory=dict)
     title: str = ""
+    doubling: bool = True
+
+    @property
+    def ticks(self) -> Mapping[float, str]:
+        """What is varied, by where its points are."""
+        return {x: f"{2**x if self.doubling else x:g}" for line in self.lines.values() for x, _ in line}
 
 
 @dataclass(frozen=True)
@@ -118,21 +125,21 @@ def _pairs(metric: str, pairs: Mapping[str, tuple[Cell, Cell]]) -> list[Curves]:
 
 
 def _swept(metric: str, entry: str, values: Sequence[float], x: str, *cells: Cell, **levels: Cell) -> Sweep:
-    """`entry` of each cell takes each of `values`, which double; x is the logarithm to base 2."""
+    """`entry` of each cell takes each of `values`, which double."""
     lines = {cell.way: [(log2(value), replace(cell, **{entry: value})) for value in values] for cell in cells}
     return Sweep(metric, lines, x, levels)
 
 
 def _parts_of_data(metric: str) -> Sweep:
     lines = {cell.way: [(-log2(part), replace(cell, part=part)) for part in reversed(_PARTS)] for cell in _BASE}
-    return Sweep(metric, lines, "fraction of the images, log2")
+    return Sweep(metric, lines, "fraction of the images")
 
 
 _BASE = (REDUCE, PEERS)
 STEP = {"ResNet": (REDUCE, PEERS), "ResNeXt": (REDUCE_X, PEERS_X)}
 COSINE_PAIRS = {"ResNet": (COSINE, COSINE_PEERS), "ResNeXt": (COSINE_X, COSINE_PEERS_X)}
-_OFTEN_AXIS = "exchanges, times the base's, log2"
-_RATE_AXIS = "learning rate, times the tuned one, log2"
+_OFTEN_AXIS = "exchanges, times the base's"
+_RATE_AXIS = "learning rate, times the tuned one"
 GROWN = {
     growth: [replace(PEERS_T, growth=growth, alpha=alpha) for alpha in starts] for growth, starts in STARTS.items()
 }
@@ -155,7 +162,7 @@ FIGURES = (
         "3",
         "ResNet, larger batches at larger learning rates and fewer updates",
         [
-            _swept(metric, "batch", BATCHES, "images per worker, times the base's, log2", *_BASE)
+            _swept(metric, "batch", BATCHES, "images per worker, times the base's", *_BASE)
             for metric in ("train_loss", "top1")
         ],
         MORE_SEEDS,
@@ -225,7 +232,7 @@ FIGURES = (
         "13",
         "ResNet, weight α of the penalty, constant during a training",
         [
-            _swept(metric, "alpha", ALPHAS, "α, log2", PEERS, all_reduce=REDUCE, independent=APART)
+            _swept(metric, "alpha", ALPHAS, "α", PEERS, all_reduce=REDUCE, independent=APART)
             for metric in ("train_loss", "top1")
         ],
     ),
@@ -258,7 +265,7 @@ FIGURES = (
             Sweep(
                 "valid_nll",
                 {f"γ = {growth:g}": [(log2(cell.alpha), cell) for cell in cells] for growth, cells in GROWN.items()},
-                "α at the start, log2",
+                "α at the start",
                 {"all_reduce": REDUCE_T},
             )
         ],
@@ -274,6 +281,7 @@ FIGURES = (
                 "peers",
                 {"independent": apart},
                 name,
+                doubling=False,
             )
             for name, metric, cell, apart in (
                 ("ResNet", "top1", PEERS, APART),
@@ -325,6 +333,7 @@ FIGURES = (
                 },
                 "label smoothing, Transformer (0.1 is the base's)",
                 {"codistill, 0.1": PEERS_T},
+                doubling=False,
             ),
         ],
         FEW_SEEDS,

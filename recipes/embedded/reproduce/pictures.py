@@ -45,10 +45,12 @@ def _panel(shown: Curves | Sweep | Numbers, found: Results) -> plots.Panel | Non
     if isinstance(shown, Numbers):
         return None
     if isinstance(shown, Curves):
-        curves, x, span = _against_updates(shown, found), "updates", SPANS.get(shown.metric)
+        curves = _against_updates(shown, found)
+        panel = plots.Panel(curves, "updates", LABELS[shown.metric], shown.title, span=SPANS.get(shown.metric))
     else:
-        curves, x, span = _against_what_varies(shown, found), shown.x, None
-    return plots.Panel(curves, x, LABELS[shown.metric], title=shown.title, span=span) if curves else None
+        curves = _against_what_varies(shown, found)
+        panel = plots.Panel(curves, shown.x, LABELS[shown.metric], shown.title, ticks=shown.ticks)
+    return panel if curves else None
 
 
 def _against_updates(shown: Curves, found: Results) -> Mapping[str, plots.Curve]:
