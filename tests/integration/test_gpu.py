@@ -1,6 +1,5 @@
 """On a GPU, where there is one: weight 0 is nothing, mixed precision, and both exchanges; peers share the one GPU."""
 
-import functools
 import math
 import time
 
@@ -129,20 +128,19 @@ def test_the_penalty_and_its_gradient_are_those_of_the_cpu(loss, dtype):
     torch.testing.assert_close(found["cuda"], found["cpu"], rtol=tolerance, atol=tolerance)
 
 
+def codistil(folder, number, model):
+    return Codistiller(
+        CodistillConfig(dir=str(folder / "exchange"), interval=2, peer=number),
+        model=model,
+        build_peer=lambda: torch.nn.Linear(8, UNITS).cuda(),
+        fingerprint=fingerprint(UNITS),
+        save_dir=folder / str(number),
+    )
+
+
 def test_an_exchange_leaves_the_gpus_generator_alone_and_the_peers_weights_arrive(tmp_path):
-    build = functools.partial(torch.nn.Linear, 8, UNITS)
-    models = [build().cuda() for _ in range(2)]
-    config = functools.partial(CodistillConfig, dir=str(tmp_path / "exchange"), interval=1)
-    codistillers = [
-        Codistiller(
-            config(peer=number),
-            model=model,
-            build_peer=lambda: build().cuda(),
-            fingerprint=fingerprint(UNITS),
-            save_dir=tmp_path / str(number),
-        )
-        for number, model in enumerate(models)
-    ]
+    models = [torch.nn.Linear(8, UNITS).cuda() for _ in range(2)]
+    codistillers = [codistil(tmp_path, number, model) for number, model in enumerate(models)]
     before = torch.cuda.get_rng_state()
     inputs = torch.ones(4, 8, device="cuda")
     try:
@@ -158,5 +156,13 @@ def test_an_exchange_leaves_the_gpus_generator_alone_and_the_peers_weights_arriv
         for codistiller in codistillers:
             codistiller.close()
     assert torch.equal(torch.cuda.get_rng_state(), before)
+    resumed = codistil(tmp_path, 0, models[0])
+    resumed.load_state_dict(codistillers[0].state_dict())
+    try:
+        resumed.begin_update(update + 1 - update % 2, epoch=1)  # within an interval
+        resumed.penalty(models[0](inputs), lambda peer: peer(inputs))
+        assert resumed.state_dict()["sums"][2] == 2 * len(inputs)  # with what the checkpoint had
+    finally:
+        resumed.close()
     wanted = distill(models[0](inputs), [models[1](inputs).detach()], loss="kl")
     torch.testing.assert_close(found.loss, wanted.loss)
