@@ -31,7 +31,7 @@ from torch import nn
 from benchmarks import many_peers_plot
 from benchmarks.record import Row
 from codistill import CodistillConfig, Codistiller, fingerprint
-from codistill.exchange import objects, publisher
+from codistill.exchange import heartbeat, objects
 from codistill.exchange.checkpoint import fetcher
 
 PEERS = (2, 4, 8, 16, 32, 64)
@@ -42,7 +42,7 @@ REQUEST_SECONDS = 0.02
 WARM_UP, MEASURED = 3, 2  # intervals
 MOST_REQUESTS = 700.0  # a second, that this machine is asked to serve
 MOST_COMPRESSED = 0.1
-PAUSES = ((fetcher, "POLL_SECONDS"), (fetcher, "HURRIED_SECONDS"), (publisher, "HEARTBEAT_SECONDS"))
+PAUSES = ((fetcher, "POLL_SECONDS"), (fetcher, "HURRIED_SECONDS"), (heartbeat, "HEARTBEAT_SECONDS"))
 TOLERANCE = 0.25
 
 

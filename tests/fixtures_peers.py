@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from codistill import CodistillConfig, Codistiller
-from codistill.exchange import membership, publisher
+from codistill.exchange import heartbeat, membership, publisher
 from codistill.exchange.checkpoint import fetcher
 from codistill.exchange.manifest import Latest, Manifest, Reference
 from codistill.exchange.membership import Identity, Membership
@@ -60,7 +60,7 @@ def quick_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     monkeypatch.setattr(fetcher, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(publisher, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.02)
     monkeypatch.setattr(publisher, "RETRY_SECONDS", 0.02)
     monkeypatch.setattr(membership.Membership.join, "__defaults__", (0.5,))
     before = codistill_threads()

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import nn
 
 from codistill import CodistillConfig, Codistiller
-from codistill.exchange import membership, publisher
+from codistill.exchange import heartbeat, membership
 from codistill.exchange.prediction import board, forming, predictions, rendezvous
 from codistill.exchange.protocol import Position
 from tests.faults.tiny_peer import ForkServer, Process, lines
@@ -199,7 +199,7 @@ def hasten(lead: float) -> None:
     """Shorten the pauses of the background threads."""
     rendezvous.BEAT_SECONDS, rendezvous.SLOW_BEAT_SECONDS, rendezvous.LEAD_SECONDS = 0.1, 0.2, lead
     rendezvous.SETTLE_SECONDS, rendezvous.PRESENT_SECONDS, rendezvous.CLAIM_SECONDS = 0.5, 3.0, 0.5
-    publisher.HEARTBEAT_SECONDS = 0.2
+    heartbeat.HEARTBEAT_SECONDS = 0.2
     predictions.BACK_OFF, predictions.BACK_OFF_DIFFERENT = 0.5, 1.0
     board.BIND_SECONDS = 3.0
     forming.LOOK_SECONDS = 0.02

@@ -1,9 +1,9 @@
 """Publishing this peer's snapshots from a background thread.
 
 `publish` copies the weights into one persistent host buffer and returns; hashing, storing and pruning happen behind
-the training thread's back. While the buffer is being stored a publication is skipped and counted. A second thread keeps
-the heartbeat in `latest.json`. What goes wrong is an incident. A publication that the store did not take is tried again
-after growing pauses, until it is stored or newer weights take its place.
+the training thread's back. While the buffer is being stored a publication is skipped and counted. What goes wrong is an
+incident. A publication that the store did not take is tried again after growing pauses, until it is stored or newer
+weights take its place.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Optional
+from typing import Optional
 
 from torch import Tensor
 
-from codistill.config import CodistillConfig, ConfigError
-from codistill.exchange.errors import ExchangeError, Refused, StorageError
+from codistill.config import CodistillConfig
+from codistill.exchange.errors import ExchangeError, Refused
+from codistill.exchange.heartbeat import Heartbeat
 from codistill.exchange.manifest import RETAINED, Latest, Manifest, Reference
-from codistill.exchange.membership import HEARTBEAT_SECONDS, Identity, Membership
+from codistill.exchange.membership import Identity, Membership
 from codistill.exchange.protocol import OnCopy
 from codistill.exchange.snapshot import HostBuffer
 from codistill.exchange.store import RunStore
@@ -82,9 +83,8 @@ class Publisher:
         self._store, self._membership, self._config = store, membership, config
         self._identity, self._incidents, self._lowest_floor = identity, incidents, lowest_floor
         self._on_copy = on_copy
+        self._word = Heartbeat(store, membership, config, incidents, self._stop)
         self._buffer: Optional[HostBuffer] = None
-        self._latest: Optional[Latest] = None
-        self._lock = threading.RLock()  # of `_latest` and its overwriting
         self._job: Optional[_Job] = None
         self._storing = False  # an attempt to store the buffer is under way
         self._changed = threading.Condition()  # guards `_job`, `_storing`, `_patient` and `_stopping`
@@ -92,10 +92,7 @@ class Publisher:
         self._stopping = threading.Event()
         self._dropped: list[Reference] = []  # snapshots to be deleted
         self._abandoned: list[Manifest] = []  # publications of which parts may be on the store, to be deleted too
-        self._threads: list[threading.Thread] = []
-        self._retired = False  # another process has our number, or the run has other terms: nothing is written any more
-        self._ended = False
-        self._floor = 0
+        self._thread = threading.Thread(target=self._loop, name="codistill_publisher", daemon=True)
         self._sequence = 0
         self.sent = 0
         self.skipped = 0
@@ -106,11 +103,8 @@ class Publisher:
         Args:
             floor: the update this process starts from.
         """
-        self._floor = floor
-        for loop in (self._publish_loop, self._heartbeat_loop):
-            thread = threading.Thread(target=loop, name=f"codistill{loop.__name__}", daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        self._thread.start()
+        self._word.start(floor)
 
     def publish(
         self,
@@ -168,7 +162,7 @@ class Publisher:
 
     def set_floor(self, update: int) -> None:
         """From now on this peer can restart from `update`; told to the others with the next heartbeat."""
-        self._floor = update
+        self._word.set_floor(update)
 
     def close(self, seconds: float, *, ended: bool) -> None:
         """Let what is under way finish, for at most `seconds`, then stop.
@@ -181,14 +175,12 @@ class Publisher:
         with self._changed:
             self._patient = ended
             self._changed.notify_all()
-        self._ended = self.flush(seconds) and ended
+        ended = self.flush(seconds) and ended
         self._stop()
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        if any(thread.is_alive() for thread in self._threads):
-            self._incidents.report("storage", f"the store was still busy after {seconds:g} s; the end is left untold")
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        self._word.close(deadline - time.monotonic(), ended=ended, busy=self._thread.is_alive())
 
-    def _publish_loop(self) -> None:
+    def _loop(self) -> None:
         while (job := self._next_job()) is not None:
             self._store_patiently(job)
 
@@ -201,10 +193,10 @@ class Publisher:
 
     def _store_patiently(self, job: _Job) -> None:
         """Try to store the buffer until that is settled; between two attempts the buffer is free for newer weights."""
-        self._attempt(functools.partial(self._show_copy, job))
+        self._word.attempt(functools.partial(self._show_copy, job))
         pause = RETRY_SECONDS
         while True:
-            settled = self._attempt(functools.partial(self._store_snapshot, job))
+            settled = self._word.attempt(functools.partial(self._store_snapshot, job))
             with self._changed:
                 self._storing = False
                 if settled:  # at once: whoever waits must not find it still to be done
@@ -215,7 +207,7 @@ class Publisher:
                     break
                 self._storing = True
             pause = min(2 * pause, RETRY_SECONDS_MOST)
-        if job.manifest is not None and not self._names(job.manifest.reference):
+        if job.manifest is not None and not self._word.names(job.manifest.reference):
             self._abandoned.append(job.manifest)
         with self._changed:
             self._drop(job)
@@ -230,93 +222,25 @@ class Publisher:
         self._changed.wait_for(lambda: self._job is not job or self._stopping.is_set() or not self._patient, pause)
         return self._job is job and not self._stopping.is_set() and self._patient
 
-    def _heartbeat_loop(self) -> None:
-        while True:
-            self._attempt(self._beat)
-            if self._stopping.wait(HEARTBEAT_SECONDS):
-                break
-        if self._ended and self._latest is not None and not self._retired:
-            self._attempt(lambda: self._overwrite(closed=True))
-
-    def _attempt(self, action: Callable[[], None]) -> bool:
-        """Do it; whether another attempt could bring nothing else."""
-        try:
-            action()
-        except StorageError as error:
-            self._incidents.report(error.cause, str(error))
-            return False
-        except ExchangeError as error:
-            self._incidents.report(error.cause, str(error))
-        except ConfigError as error:
-            self._retire("terms", str(error))
-        except Exception as error:  # a fault of ours must not end the run either
-            self._incidents.report("internal", f"publishing failed: {type(error).__name__}: {error}")
-        return True
-
-    def _beat(self) -> None:
-        self._joined()
-        self._overwrite()
-
-    def _retire(self, cause: str, message: str) -> None:
-        self._retired = True
-        self._stop()
-        self._incidents.report(cause, message)
-
     def _stop(self) -> None:
         with self._changed:
             self._stopping.set()
             self._changed.notify_all()
-
-    def _joined(self) -> Latest:
-        """Our `latest.json`; joins now if the store did not answer at the start, and takes over what was left there."""
-        with self._lock:
-            if self._latest is not None:
-                return self._latest
-            if self._membership.incarnation == 0:
-                self._membership.join()
-            before = self._membership.before
-            self._latest = Latest(
-                run=self._config.run_id,
-                peer=self._config.peer,
-                incarnation=self._membership.incarnation,
-                token=self._membership.token,
-                heartbeat=0,
-                resume_floor=self._floor,
-                closed=False,
-                manifest=before.manifest if before else None,
-                retained=before.retained if before else (),
-            )
-            return self._latest
-
-    def _overwrite(self, **changes: Any) -> None:
-        """Write `latest.json`, unless somebody else has become this peer since: then never again."""
-        with self._lock:
-            before = self._joined()
-            if self._membership.superseded():
-                self._retire(
-                    "superseded",
-                    f"peer {self._config.peer} was started again elsewhere; this process publishes no more",
-                )
-            if self._retired:
-                return
-            latest = replace(before, heartbeat=before.heartbeat + 1, resume_floor=self._floor, **changes)
-            self._store.put_latest(latest)
-            self._latest = latest
 
     def _show_copy(self, job: _Job) -> None:
         if self._buffer is not None:
             job.metrics = {**job.metrics, **self._on_copy(job.update, self._buffer.tensors())}
 
     def _store_snapshot(self, job: _Job) -> None:
-        latest = self._joined()
+        latest = self._word.latest()
         newest = latest.manifest
-        if self._retired or self._buffer is None:
+        if self._word.retired or self._buffer is None:
             return
         if newest is None or (newest.incarnation, newest.update) != (latest.incarnation, job.update):
             newest = self._put(job, self._buffer)
-        self._overwrite(manifest=replace(newest, final=newest.final or job.final))
-        if not self._retired:  # else what we would delete is not ours any more
-            self._attempt(self._clean_up)
+        self._word.say(manifest=replace(newest, final=newest.final or job.final))
+        if not self._word.retired:  # else what we would delete is not ours any more
+            self._word.attempt(self._clean_up)
 
     def _put(self, job: _Job, buffer: HostBuffer) -> Manifest:
         """Store the buffer and make it what our next word names."""
@@ -325,19 +249,14 @@ class Publisher:
         if manifest is None:
             manifest = self._describe(job, payload)
             if self._config.sync:
-                self._compare_with_earlier(self._joined().retained, job.update, manifest.sha256)
+                self._compare_with_earlier(self._word.latest().retained, job.update, manifest.sha256)
             job.manifest = manifest
         self._store.put_snapshot(manifest, payload)
-        with self._lock:  # from here on every heartbeat names it: whether the store took the first such word or not
-            latest = self._joined()
-            kept, dropped = self._split((*latest.retained, manifest.reference))
-            self._latest = replace(latest, manifest=manifest, retained=kept)
-            self._dropped += dropped
+        kept, dropped = self._split((*self._word.latest().retained, manifest.reference))
+        self._word.name(manifest, kept)
+        self._dropped += dropped
         self.sent += len(payload)
         return manifest
-
-    def _names(self, reference: Reference) -> bool:
-        return self._latest is not None and reference in self._latest.retained
 
     def _clean_up(self) -> None:
         """Delete what nobody needs; what the store does not delete now waits for the next time."""
@@ -356,7 +275,7 @@ class Publisher:
         oldest = min([before.incarnation, *(reference.incarnation for reference in before.retained)])
         earlier = range(max(oldest, self._membership.incarnation - SWEPT), self._membership.incarnation)
         try:
-            self._store.sweep(self._config.peer, earlier, self._joined().retained)
+            self._store.sweep(self._config.peer, earlier, self._word.latest().retained)
         except ExchangeError as error:
             logger.info("codistill: what earlier starts left half-written was not swept: %s", error)
 

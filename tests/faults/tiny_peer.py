@@ -34,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from codistill import CodistillConfig, Codistiller
-from codistill.exchange import membership, publisher
+from codistill.exchange import heartbeat, membership, publisher
 from codistill.exchange.checkpoint import fetcher
 from tests.faults.faults import KINDS, Fault, Faults, read_log
 from tests.fixtures_peers import CLASSES, FINGERPRINT, Tiny
@@ -346,7 +346,7 @@ def train(plan: Plan, rank: int, start: int) -> None:
     machine = Path(plan.folder) / f"machine-{rank if plan.apart else 0}"
     machine.mkdir(exist_ok=True)
     tempfile.tempdir = str(machine)
-    fetcher.POLL_SECONDS, publisher.HEARTBEAT_SECONDS, publisher.RETRY_SECONDS = plan.poll, plan.heartbeat, 0.1
+    fetcher.POLL_SECONDS, heartbeat.HEARTBEAT_SECONDS, publisher.RETRY_SECONDS = plan.poll, plan.heartbeat, 0.1
     membership.Membership.join.__defaults__ = (0.5,)
     if plan.workers > 1:
         dist.init_process_group(

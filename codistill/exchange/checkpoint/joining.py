@@ -72,7 +72,7 @@ class Joining:
         membership = Membership(self._store, self._config.peer, self._token, agreed, self._save_dir)
         try:
             membership.join()
-        except ExchangeError as error:  # the publisher tries again with every heartbeat
+        except ExchangeError as error:  # tried again with every heartbeat
             self._incidents.report(error.cause, str(error))
         if floor == 0 and membership.before is not None and membership.before.closed:
             logger.warning(

@@ -25,10 +25,10 @@ import torch.distributed as dist
 from codistill.config import CodistillConfig, ConfigError, flag
 from codistill.exchange import strict_json
 from codistill.exchange.errors import ExchangeError, Refused, StorageError
-from codistill.exchange.membership import Identity, Membership, owner_token
+from codistill.exchange.heartbeat import Heartbeat
+from codistill.exchange.membership import Membership, owner_token
 from codistill.exchange.objects import Objects, without_credentials
 from codistill.exchange.prediction.forks import kept_from_children
-from codistill.exchange.publisher import Publisher
 from codistill.exchange.signing import KEY, signing_key
 from codistill.exchange.store import RunStore, compare_terms
 from codistill.meters import Incidents, logger
@@ -75,7 +75,7 @@ class Board(Protocol):
 
 
 class StoreBoard:
-    """The board on the run's store; joining and heartbeats there are the publisher's business."""
+    """The board on the run's store; joining and heartbeats there are the `Heartbeat`'s business."""
 
     hosting = elsewhere = False
 
@@ -213,20 +213,18 @@ class TcpBoard:
 
 
 def open_board(
-    config: CodistillConfig, identity: Identity, terms: Mapping[str, Any], save_dir: Path, incidents: Incidents
-) -> tuple[Board, Optional[Publisher]]:
+    config: CodistillConfig, terms: Mapping[str, Any], save_dir: Path, incidents: Incidents
+) -> tuple[Board, Optional[Heartbeat]]:
     """Open the board that the options name, and join the run there.
 
     Args:
         config: validated options; `dir` or `rendezvous` is set.
-        identity: of this peer.
         terms: what all peers must agree on.
         save_dir: holds the token that owns the peer number.
         incidents: told when the store does not answer; peers of a rendezvous start apart.
 
     Returns:
-        The board and, on the run's store, the publisher. It publishes nothing: it keeps the heartbeat by which
-        `codistill status`, and a second owner, know this peer.
+        The board and, on the run's store, the heartbeat that tells `codistill status`, and a second owner, of us.
 
     Raises:
         ConfigError: it cannot be opened, the run has other terms, or the number is taken.
@@ -248,11 +246,11 @@ def open_board(
     membership = Membership(store, config.peer, owner_token(save_dir, config.peer), terms, save_dir)
     try:
         membership.join()
-    except ExchangeError as error:  # the publisher tries again with every heartbeat
+    except ExchangeError as error:  # tried again with every heartbeat
         incidents.report(error.cause, str(error))
-    publisher = Publisher(store, membership, config, identity, incidents, lambda: 0)
-    publisher.start(floor=0)
-    return StoreBoard(store, membership, config.peer), publisher
+    heartbeat = Heartbeat(store, membership, config, incidents)
+    heartbeat.start(floor=0)
+    return StoreBoard(store, membership, config.peer), heartbeat
 
 
 def _join_soon(board: TcpBoard) -> None:

@@ -19,6 +19,7 @@ from typing import Any, Optional
 from torch import Tensor, nn
 
 from codistill.config import CodistillConfig
+from codistill.exchange.heartbeat import Heartbeat
 from codistill.exchange.manifest import MOST
 from codistill.exchange.membership import Identity
 from codistill.exchange.prediction.board import open_board
@@ -27,7 +28,6 @@ from codistill.exchange.prediction.in_step import InStep
 from codistill.exchange.prediction.posts import Proposal, from_words, to_words
 from codistill.exchange.prediction.rendezvous import Rendezvous, Standing
 from codistill.exchange.protocol import OnCopy, Position
-from codistill.exchange.publisher import Publisher
 from codistill.meters import Incidents, logger
 from codistill.workers import Workers, WorkersLost
 
@@ -66,7 +66,7 @@ class PredictionExchange:
         """
         self._config, self._workers, self._save_dir, self._incidents = config, workers, save_dir, incidents
         self._rendezvous: Optional[Rendezvous] = None
-        self._publisher: Optional[Publisher] = None
+        self._heartbeat: Optional[Heartbeat] = None
         self._patience = Patience(config.timeout)
         self._willing = False
         self._fresh = False  # an update has begun, and none of its micro-batches yet
@@ -198,7 +198,7 @@ class PredictionExchange:
         if not self._workers.first:
             return
         config, terms = self._config, {**terms, "workers": self._workers.size}
-        board, self._publisher = open_board(config, identity, terms, self._save_dir, self._incidents)
+        board, self._heartbeat = open_board(config, terms, self._save_dir, self._incidents)
         self._rendezvous = Rendezvous(
             board,
             run=config.run_id,
@@ -360,5 +360,5 @@ class PredictionExchange:
         self._discard_groups()
         if self._rendezvous is not None:
             self._rendezvous.close(min(seconds, 5.0), ended=ended)
-        if self._publisher is not None:
-            self._publisher.close(max(0.0, end - time.monotonic()), ended=ended)
+        if self._heartbeat is not None:
+            self._heartbeat.close(max(0.0, end - time.monotonic()), ended=ended)

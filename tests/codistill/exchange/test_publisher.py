@@ -325,7 +325,7 @@ class Hesitant(threading.Condition):
 
     def __exit__(self, *error):
         super().__exit__(*error)
-        if threading.current_thread().name == "codistill_publish_loop":
+        if threading.current_thread().name == "codistill_publisher":
             time.sleep(0.05)
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from codistill import CodistillConfig, ConfigError
 from codistill.exchange.errors import Refused, StorageError
-from codistill.exchange.membership import Identity, Membership
+from codistill.exchange.membership import Membership
 from codistill.exchange.prediction import board, forming, rendezvous
 from codistill.exchange.prediction.board import StoreBoard, TcpBoard, own_address
 from codistill.exchange.prediction.forming import Forming, Patience, State
@@ -558,7 +558,7 @@ def test_a_rendezvous_that_never_answers_does_not_keep_training_from_beginning(m
         address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
         config = CodistillConfig(exchange="prediction", rendezvous=address, peer=1)
         began = time.monotonic()
-        found, _ = board.open_board(config, Identity("f" * 64, "a" * 64), TERMS, tmp_path, Incidents(fatal=False))
+        found, _ = board.open_board(config, TERMS, tmp_path, Incidents(fatal=False))
         assert time.monotonic() - began < 5
         assert found.incarnation == 0
     until(lambda: codistill_threads() <= before)
