@@ -339,7 +339,7 @@ class Codistiller:
             self._metrics_file.write(line, waits=waits)
 
     def _settle_sums(self, update: int) -> None:
-        """Turn the sums since the last boundary into means: the only time that numbers are read off the device."""
+        """Turn the sums since the last boundary into means; only this, and a checkpoint, reads off the device."""
         if self._sums is None and update == self._settled:
             return  # training ended with an interval
         loss, agreement, positions, unusable = [0.0] * 4 if self._sums is None else self._sums.tolist()

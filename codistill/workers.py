@@ -52,7 +52,11 @@ class Workers:
         self._group: Any = None
         if several:
             self._group = self._run(lambda: dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))
-        self.fetcher = self._first_on_this_machine()
+        try:
+            self.fetcher = self._first_on_this_machine()
+        except WorkersLost:
+            self.close()  # for those who still wait for us
+            raise
 
     @property
     def first(self) -> bool:

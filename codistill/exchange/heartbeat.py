@@ -153,7 +153,10 @@ class Heartbeat:
             self.attempt(lambda: self.say(closed=True))
 
     def _retire(self, cause: str, message: str) -> None:
-        self.retired = True
+        with self._lock:
+            if self.retired:  # the other thread has found out, too
+                return
+            self.retired = True
         self._stopping.set()
         self._on_retiring()
         self._incidents.report(cause, message)

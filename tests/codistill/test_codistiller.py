@@ -307,7 +307,7 @@ def test_a_resumed_peer_goes_on_without_a_peer_of_which_nothing_is_left(peers):
 @pytest.mark.parametrize("anew", [True, False], ids=["anew", "trained longer"])
 def test_a_new_training_in_the_place_of_one_that_has_ended_is_told_so(peers, caplog, anew):
     first = peers(0)
-    first.step(5)
+    first.step()
     first.codistiller.finish(first.update)
     again = peers(0, save_dir="anew") if anew else resume(peers, first)
     again.step()

@@ -383,11 +383,17 @@ def test_a_training_whose_peers_went_missing_does_not_count(tmp_path):
 
     def log(member: int, interval: int, peers: list[int], incidents: int = 0) -> None:
         run.arm.save_dir(member).mkdir(parents=True, exist_ok=True)
-        rows = [{"update": interval * at, "peers": n, "incidents": incidents} for at, n in enumerate(peers, 1)]
+        same = {"incidents": incidents, "distance": 1.0, "agreement": 1.0}
+        rows = [{"update": interval * at, "peers": n, **same} for at, n in enumerate(peers, 1)]
         (run.arm.save_dir(member) / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def summary(member: int, train_loss: str) -> None:
+        text = f"epoch,train_loss,eval_loss,eval_top1\n0,{train_loss},1.0,50.0\n"
+        (run.arm.save_dir(member) / "summary.csv").write_text(text)
 
     for member in range(3):
         log(member, 8, [0, 2, 2, 2, 2])
+        summary(member, "1.0")
     run.check()
     log(1, 8, [0, 2, 1, 1, 2])
     with pytest.raises(ProcessFailed, match="model 1 had all its peers in 50% of its intervals"):
@@ -396,6 +402,9 @@ def test_a_training_whose_peers_went_missing_does_not_count(tmp_path):
     log(1, 8, [0, 2, 2, 2, 2], incidents=3)
     with pytest.raises(ProcessFailed, match="model 1 met 3 incidents"):
         run.check()
+    summary(2, "nan")
+    run.check()  # it has diverged, which is a result
+    summary(2, "1.0")
     log(1, 8, [0])
     run.check()  # too short to say
 

@@ -96,7 +96,9 @@ class CheckpointExchange:
         def enter() -> None:
             if self._workers.first:
                 floor = self._needed_from(update)
-                self._publisher = joining.publisher(identity, terms, floor, self._lowest_floor, on_copy)
+                self._publisher = joining.publisher(
+                    identity, terms, floor, self._lowest_floor, on_copy, anew=update == 0
+                )
             if self._workers.fetches:
                 self._fetcher = joining.fetcher(identity, self._architectures, self._topology)
 

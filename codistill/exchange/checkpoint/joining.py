@@ -55,6 +55,8 @@ class Joining:
         floor: int,
         lowest_floor: Callable[[], int],
         on_copy: OnCopy,
+        *,
+        anew: bool,
     ) -> Publisher:
         """Worker 0: join the run and begin the heartbeat.
 
@@ -64,6 +66,7 @@ class Joining:
             floor: the update a restart would need.
             lowest_floor: of the peers that may read us.
             on_copy: called in the background with every snapshot of ours.
+            anew: no update has been done yet.
 
         Raises:
             ConfigError: the run has other terms, or the number is taken.
@@ -74,7 +77,7 @@ class Joining:
             membership.join()
         except ExchangeError as error:  # tried again with every heartbeat
             self._incidents.report(error.cause, str(error))
-        if floor == 0 and membership.before is not None and membership.before.closed:
+        if anew and membership.before is not None and membership.before.closed:
             logger.warning(
                 "codistill: peer %d of run %s has ended its training before; a new training needs a new %s, "
                 "or its peers begin by learning from what the old one left",

@@ -106,8 +106,8 @@ def write(folder: Path, trained: Sequence[Trained], drawn: Collection[tuple[Cell
             row |= _ends(arm, model, curves) | _judged(judged, model)
             if (cell, seed, model) in churns:
                 row["churn"] = churns[cell, seed, model]
-            if not all(math.isfinite(curves[name][-1][1]) for name in LOSSES if curves.get(name)):
-                row |= {name: math.nan for name in row if name in (*METRICS, *EVALUATED)}  # diverged: top-1 hides it
+            if _diverges(curves):
+                row |= {name: math.nan for name in row if name in (*METRICS, *EVALUATED)}
             runs.append({name: _text(row[name]) for name in COLUMNS if name in row})
             for metric, curve in curves.items():
                 if (cell, metric) in drawn:
@@ -115,6 +115,15 @@ def write(folder: Path, trained: Sequence[Trained], drawn: Collection[tuple[Cell
                     points += [dict(zip(POINT, [*start, at, _text(y)], strict=True)) for at, y in curve]
     _write(folder / "runs.csv", COLUMNS, runs)
     _write(folder / "curves.csv", POINT, points)
+
+
+def diverged(arm: Arm) -> bool:
+    """Whether a loss of one of the models is not finite at the end. (Its top-1 would not tell.)"""
+    return any(_diverges(_curves(arm, model)) for model in range(arm.members))
+
+
+def _diverges(curves: Mapping[str, Curve]) -> bool:
+    return not all(math.isfinite(curves[name][-1][1]) for name in LOSSES if curves.get(name))
 
 
 def _ends(arm: Arm, model: int, curves: Mapping[str, Curve]) -> dict[str, float]:

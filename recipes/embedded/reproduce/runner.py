@@ -22,7 +22,7 @@ from recipes.embedded.processes import Command, ProcessFailed, run_all
 from recipes.embedded.progress import Progress, clock
 from recipes.embedded.reproduce import settings
 from recipes.embedded.reproduce.figures import Figure
-from recipes.embedded.reproduce.results import EVALUATION
+from recipes.embedded.reproduce.results import EVALUATION, diverged
 from recipes.embedded.reproduce.settings import Task
 from recipes.embedded.reproduce.trainings import Arm, Cell, Place
 from recipes.embedded.steps import exclusive, finished, step
@@ -62,14 +62,19 @@ class Run:
         """
         if self.cell.way == "all_reduce" or self.cell.alpha == 0:
             return
+        faults = [fault for member, rows in enumerate(self._metrics()) if (fault := self._fault(member, rows))]
+        if faults and not diverged(self.arm):  # whose weights the others refuse, and that is its result
+            raise ProcessFailed(f"{faults[0]}; see its log")
+
+    def _fault(self, member: int, rows: Sequence[Mapping[str, Any]]) -> str:
         training = self.arm.training
-        for member, rows in enumerate(self._metrics()):
-            late = [row for row in rows if row["update"] > training.burn_in + training.interval]
-            tied = measures.together(late, self.arm.members - 1)
-            if late and tied < settings.TOGETHER:
-                raise ProcessFailed(f"model {member} had all its peers in {tied:.0%} of its intervals; see its log")
-            if late and late[-1]["incidents"]:
-                raise ProcessFailed(f"model {member} met {late[-1]['incidents']} incidents; see its log")
+        late = [row for row in rows if row["update"] > training.burn_in + training.interval]
+        tied = measures.together(late, self.arm.members - 1)
+        if late and tied < settings.TOGETHER:
+            return f"model {member} had all its peers in {tied:.0%} of its intervals"
+        if late and late[-1]["incidents"]:
+            return f"model {member} met {late[-1]['incidents']} incidents"
+        return ""
 
     def _metrics(self) -> list[list[dict[str, Any]]]:
         """Of every model what it has logged so far."""
