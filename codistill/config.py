@@ -28,7 +28,7 @@ RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MAX_PEERS = 1024
 MAX_TIMEOUT = 1_000_000  # seconds: clocks that a wait is measured by overflow, far above
 STALE_INTERVALS = 10
-WANTED = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+_WANTED = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
 class ConfigError(ValueError):
@@ -56,7 +56,7 @@ def check_types(options: Any) -> None:
         value, kinds = getattr(options, item.name), typing.get_args(hints[item.name]) or (hints[item.name],)
         accepted = (*kinds, int) if float in kinds else kinds
         if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
-            raise ConfigError(f"{flag(item.name)} {value!r}: must be {WANTED[kinds[0]]}")
+            raise ConfigError(f"{flag(item.name)} {value!r}: must be {_WANTED[kinds[0]]}")
 
 
 @dataclass

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
 from codistill import CodistillConfig, ConfigError, DataConfig, flag
-from codistill.config import WANTED
 
 SWITCH = "codistill"
 PREFIX = "codistill_"
+_WANTED = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 _REFUSED = (  # where in train.py's arguments, its flag, why not
     ("naflex_loader", "--naflex-loader", "its batches are not images of one size"),
@@ -117,7 +117,7 @@ def _judged(name: str, kind: type, value: Any) -> Any:
             return kind(value)
     except ValueError:
         pass
-    raise ConfigError(f"{flag(name)} {value}: must be {WANTED[kind]}")
+    raise ConfigError(f"{flag(name)} {value}: must be {_WANTED[kind]}")
 
 
 def _values(args: argparse.Namespace, options: type) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def _refuse_unknown(args: argparse.Namespace) -> None:
             hint = f"did you mean {near[0]}?" if near else "see --help for those that do"
             raise ConfigError(f"{name} in the config file: no such option exists; {hint}")
     if not isinstance(args.codistill, bool):
-        raise ConfigError(f"--codistill {args.codistill}: must be {WANTED[bool]}")
+        raise ConfigError(f"--codistill {args.codistill}: must be {_WANTED[bool]}")
 
 
 def _refuse_without_switch(args: argparse.Namespace) -> None:

@@ -259,6 +259,23 @@ def test_a_resumed_peer_takes_up_exactly_what_was_in_use(peers):
     until(lambda: taken_up(again) > state["in_use"]["1"]["update"] or again.step())
 
 
+def test_a_resumed_peer_knows_that_what_was_in_use_is_final(peers):
+    first, second = pair(peers, max_staleness=4)
+    both_in_use(first, second)
+    while second.update % 2:
+        second.step()
+    second.codistiller.begin_update(second.update, epoch=1)
+    idle(second)  # it is on the store by now, and its own document does not say so
+    second.codistiller.finish(second.update)
+    first.step_until(lambda: first.codistiller.state_dict()["in_use"]["1"]["final"])
+    first.step(9 + first.update % 2)
+    first.codistiller.close()
+    again = resume(peers, first, max_staleness=4)
+    again.step()  # within an interval
+    assert again.metrics()["peers"] == 1
+    assert again.metrics()["staleness"] == 0
+
+
 def test_a_resumed_peer_takes_up_the_newest_at_once_when_what_was_in_use_is_gone(peers):
     first, second = pair(peers)
     both_in_use(first, second)

@@ -243,7 +243,8 @@ class CheckpointExchange:
             if not self._config.sync and self._any_lacking():
                 self._fetch_now(dict.fromkeys(self._lacking(), NEWEST), update)
         for peer in self._lacking():
-            self._miss(peer, before[peer].proposal.reference.update, update)
+            [gone] = self._workers.share([self._guide is not None and self._guide.hopeless(peer)])
+            self._miss(peer, before[peer].proposal.reference.update, update, gone=bool(gone))
         if self._config.sync:
             self._require_next(update)
             return
@@ -280,14 +281,15 @@ class CheckpointExchange:
             lacking = [peer for peer in self._neighbours.of_boundary(boundary) if self._guide.lacks(peer, boundary)]
         [peer] = self._workers.share([lacking[0] if lacking else -1])
         if peer >= 0:
-            self._miss(peer, boundary, update)
+            self._miss(peer, boundary, update, gone=True)
 
-    def _miss(self, peer: int, theirs: int, update: int) -> None:
-        message = f"the snapshot of peer {peer} at update {theirs} is gone"
+    def _miss(self, peer: int, theirs: int, update: int, *, gone: bool) -> None:
+        message = f"the snapshot of peer {peer} at update {theirs} {'is gone' if gone else 'was not to be had in time'}"
         if self._config.sync:
+            advice = "resume from the newest checkpoint, or start again with a new " + flag("run-id")
             raise ConfigError(
                 f"{flag('sync')}: cannot resume from update {update}: {message}; "
-                f"resume from the newest checkpoint, or start again with a new {flag('run-id')}"
+                + (advice if gone else "start again when the store answers")
             )
         if self._workers.first:
             self._incidents.report("gone", message, about=str(peer))

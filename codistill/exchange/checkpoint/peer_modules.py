@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Optional
 
 import torch
@@ -37,6 +37,14 @@ class InUse:
     def gap(self, update: int) -> int:
         """Own update minus the peer's."""
         return update - self.proposal.reference.update
+
+    def dated_back(self, before: InUse) -> InUse:
+        """Taken up when `before` was, but not later than now: the host's counter may have been set back to 0.
+
+        The same weights are final if they were: what is final only afterwards says so in `latest.json` alone.
+        """
+        same = replace(self.proposal, final=before.proposal.final) == before.proposal
+        return InUse(before.proposal if same else self.proposal, min(before.accepted, self.accepted))
 
 
 class PeerModules:
@@ -149,13 +157,8 @@ class PeerModules:
         return True
 
     def date_back(self, before: Mapping[int, InUse]) -> None:
-        """After a resume: what was taken up again counts from when it was first taken up.
-
-        Not from later than now: the host's counter may have been set back to 0.
-        """
-        self._held = {
-            peer: InUse(used.proposal, min(before[peer].accepted, used.accepted)) for peer, used in self._held.items()
-        }
+        """After a resume: what was taken up again counts from when it was first taken up."""
+        self._held = {peer: used.dated_back(before[peer]) for peer, used in self._held.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What is held, in plain types."""

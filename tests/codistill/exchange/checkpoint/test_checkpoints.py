@@ -10,6 +10,7 @@ from torch import nn
 
 from codistill import ConfigError
 from codistill.exchange.checkpoint import peer_modules
+from codistill.exchange.errors import StorageError
 from codistill.exchange.objects import Objects
 from codistill.exchange.store import RunStore
 from tests.fixtures_peers import RUN, Writer, data_parallel, peers, quick_exchange, until  # noqa: F401
@@ -170,6 +171,23 @@ def test_a_synchronous_run_restored_below_the_floor_is_one_clear_line(peers, oth
         "resume from the newest checkpoint, or start again with a new --codistill-run-id"
     )
     assert time.monotonic() - began < 4
+
+
+def test_a_store_that_fails_while_a_synchronous_run_is_restored_is_not_taken_for_one_that_lost_it(
+    peers, other, monkeypatch
+):
+    def failing(store, peer, reference):
+        raise StorageError("storage", "fails on purpose")
+
+    peer = resumed(peers, 8, 8)
+    peer.codistiller.config.timeout = 0.3
+    monkeypatch.setattr(RunStore, "manifest", failing)
+    with pytest.raises(ConfigError) as caught:
+        peer.codistiller.begin_update(8, epoch=1)
+    assert str(caught.value) == (
+        "--codistill-sync: cannot resume from update 8: the snapshot of peer 1 at update 8 was not to be had in time; "
+        "start again when the store answers"
+    )
 
 
 def test_what_a_synchronous_peer_does_not_get_in_time_is_told_and_done_without(peers, caplog):
