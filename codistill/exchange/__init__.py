@@ -1,1 +1,1 @@
-"""How peers exchange weights: snapshots on an object store that all of them can reach."""
+"""How peers know each other: by weights, through a store that all of them reach, or by predictions, job to job."""
