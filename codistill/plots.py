@@ -52,6 +52,7 @@ _LOOKS: tuple[tuple[str, Any, str], ...] = (  # colour (of unlike brightness), d
     ("#0072b2", (0, (1, 1)), "X"),
     ("#bbbbbb", "-", "*"),
 )
+_LETTER_INCHES, _HANDLE_INCHES = 0.085, 0.6  # of the legend
 _MARKS = 8  # on a line
 _ACROSS = 3  # panels
 
@@ -228,7 +229,8 @@ def draw(path: Path, panels: Sequence[Panel], *, title: str = "") -> None:
         unused.set_axis_off()
     handles = [_handle(number) for number in range(len(names))]
     labels = [_label(name, panels) for name in names]
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(names)), frameon=False)
+    room = int(figure.get_figwidth() / (_HANDLE_INCHES + _LETTER_INCHES * max(map(len, labels))))
+    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, min(room, len(names))), frameon=False)
     figure.suptitle(_literal(title))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

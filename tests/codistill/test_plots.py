@@ -102,6 +102,21 @@ def test_a_picture_is_written_in_the_format_of_its_name(tmp_path, suffix, begin)
     assert (tmp_path / f"picture{suffix}").read_bytes().startswith(begin)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_legend_is_not_wider_than_the_picture(tmp_path, monkeypatch, count):
+    module = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(module.Figure, "savefig", lambda figure, path: drawn.append(figure))
+    names = ["all_reduce", "codistill", "codistill, a longer name", "i", "ii", "iii"]
+    curves = {name: Curve([1, 2], [1.0, 2.0], [0.5, 1.5], [1.5, 2.5], runs=10) for name in names}
+    draw(tmp_path / "picture.png", [Panel(curves, "x", "y")] * count)
+    [figure] = drawn
+    figure.canvas.draw()
+    [legend] = figure.legends
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+
+
 def test_lines_differ_without_their_colours():
     dashes_and_marks = [look[1:] for look in plots._LOOKS]
     assert len(set(dashes_and_marks)) == len(dashes_and_marks)
