@@ -269,8 +269,11 @@ def _handle(number: int) -> Any:
 
 
 def _label(name: str, panels: Sequence[Panel]) -> str:
-    runs = max(panel.curves[name].runs for panel in panels if name in panel.curves)
-    return _literal(f"{name} (mean of {runs}, 95 % interval)" if runs > 1 else name)
+    runs = sorted({panel.curves[name].runs for panel in panels if name in panel.curves})
+    if runs == [1]:
+        return _literal(name)
+    several = f"{runs[-1]}" if len(runs) == 1 else f"{runs[0]} to {runs[-1]}"
+    return _literal(f"{name} (mean of {several}, 95 % interval)")
 
 
 def _literal(text: str) -> str:

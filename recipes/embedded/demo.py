@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from codistill import plots
 from recipes.embedded import commandline
 from recipes.embedded.nmt import demo as nmt
 from recipes.embedded.nmt.settings import Training as NmtTraining
 from recipes.embedded.progress import Progress
-from recipes.embedded.report import draw_panels
 from recipes.embedded.vision import demo as vision
 
 HALVES = ("nmt", "vision")
@@ -61,7 +61,7 @@ def _work(args: argparse.Namespace, progress: Progress) -> None:
         progress.say(f"\n-- {half} --\n{report}")
     picture = args.data / "demo.png" if args.only is None else args.data / args.only / "demo.png"
     if args.only is None:
-        draw_panels(picture, [panel for _, panel in outcomes])
+        plots.draw(picture, [panel for _, panel in outcomes])
     progress.say(f"\nvalidation curves: {picture}")
 
 

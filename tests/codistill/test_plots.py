@@ -117,6 +117,16 @@ def test_the_legend_is_not_wider_than_the_picture(tmp_path, monkeypatch, count):
     assert 0 <= box.x0 < box.x1 <= figure.bbox.width
 
 
+@pytest.mark.parametrize(
+    ("counts", "label"),
+    [((1, 1), "a"), ((5, 5), "a (mean of 5, 95 % interval)"), ((5, 1), "a (mean of 1 to 5, 95 % interval)")],
+)
+def test_the_legend_says_of_how_many_runs_a_line_is_the_mean(counts, label):
+    panels = [Panel({"a": Curve([1], [2.0], runs=count), "b": Curve([1], [2.0])}, "x", "y") for count in counts]
+    assert plots._label("a", panels) == label
+    assert plots._label("b", panels) == "b"
+
+
 def test_lines_differ_without_their_colours():
     dashes_and_marks = [look[1:] for look in plots._LOOKS]
     assert len(set(dashes_and_marks)) == len(dashes_and_marks)

@@ -18,7 +18,7 @@ from recipes.embedded.nmt.arms import Arm
 from recipes.embedded.nmt.settings import ARMS, GRID, Corpus, Training
 from recipes.embedded.processes import Command, ProcessFailed, run_all
 from recipes.embedded.progress import Progress, clock
-from recipes.embedded.report import draw_curves, table
+from recipes.embedded.report import table
 from recipes.embedded.steps import StepError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -335,12 +335,6 @@ def test_the_report_has_both_peers_their_mean_and_marks_what_was_computed():
         "codistill, mean 5.500 5.750 12.3 5.68 300",
         "alone, 1 worker 6.500 200 6.750 12.3 5.68 300 1:01 0",
     ]
-
-
-def test_the_curves_become_a_picture(tmp_path):
-    path = tmp_path / "new" / "curves.png"
-    draw_curves(path, {"one": [(100, 7.0), (200, 6.0)], "none yet": []}, title="t", xlabel="x", ylabel="y")
-    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_progress_in_a_file_is_a_line_now_and_then(tmp_path):

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from codistill import plots
 from recipes.embedded import demo as both
 from recipes.embedded import measures, steps
 from recipes.embedded.progress import Pace, Progress
-from recipes.embedded.report import Panel, draw_panels
 from recipes.embedded.vision import data, demo, results
 from recipes.embedded.vision.arms import SCRIPT, Arm
 from recipes.embedded.vision.settings import ARMS, GRID, SCANS, SEEDS, VALIDATION, Training
@@ -190,18 +190,9 @@ def test_the_peers_mean_is_compared_with_each_baseline_seed_by_seed():
     ]
 
 
-def test_the_curves_are_errors_with_their_deviation():
-    panel = demo._panel(models(), Training())
-    assert panel["curves"]["all_reduce, 2 workers"] == [(8, 15.0), (16, 16.0)]
-    assert panel["spreads"]["all_reduce, 2 workers"] == pytest.approx([50**0.5, 50**0.5])
-
-
-def test_two_panels_become_one_picture_of_twice_the_width(tmp_path):
-    panel = Panel(curves={"a": [(1, 2.0), (2, 1.0)]}, spreads={"a": [0.1, 0.2]}, title="t", xlabel="x", ylabel="y")
-    for count in (1, 2):
-        draw_panels(tmp_path / f"{count}.png", [panel] * count)
-    widths = [int.from_bytes((tmp_path / f"{count}.png").read_bytes()[16:20], "big") for count in (1, 2)]
-    assert widths[1] == 2 * widths[0]
+def test_the_curves_are_the_mean_errors_of_all_seeds():
+    curve = demo._panel(models(), Training()).curves["all_reduce, 2 workers"]
+    assert (list(curve.x), list(curve.mean), curve.runs) == ([8, 16], [15.0, 16.0], 2)
 
 
 def test_the_time_left_follows_from_the_pace_so_far(monkeypatch):
@@ -237,7 +228,7 @@ def test_finished_trainings_are_reused_and_give_both_tables_and_one_picture(tmp_
     for name in ARMS:
         for seed in SEEDS:
             finish(arm(name, training, seed, tmp_path / "vision" / "arms"))
-    panel = Panel(curves={"a": [(1, 2.0)]}, title="t", xlabel="x", ylabel="y")
+    panel = plots.Panel({"a": plots.Curve([1], [2.0])}, "x", "y")
     monkeypatch.setattr(both.nmt, "demonstrate", lambda *_: ("the table of the other half", panel))
     monkeypatch.setattr(demo, "run_all", lambda *_, **__: pytest.fail("a training was started"))
     assert both.main(["--data", str(tmp_path), "--updates", "16"]) == 0

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
+from codistill import plots
 from recipes.embedded import commandline
 from recipes.embedded.nmt import results
 from recipes.embedded.nmt.arms import Arm
@@ -21,7 +22,7 @@ from recipes.embedded.nmt.data import prepare
 from recipes.embedded.nmt.settings import ARMS, GRID, Corpus, Training
 from recipes.embedded.processes import run_all
 from recipes.embedded.progress import Pace, Progress, clock
-from recipes.embedded.report import Panel, draw_curves, table, thousands
+from recipes.embedded.report import table, thousands
 from recipes.embedded.steps import exclusive, step
 
 ARM_SECONDS = 1200.0
@@ -78,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def demonstrate(data: Path, training: Training, progress: Progress) -> tuple[str, Panel]:
+def demonstrate(data: Path, training: Training, progress: Progress) -> tuple[str, plots.Panel]:
     """Train what is not trained yet below `data`/nmt, and leave demo.txt and demo.png there.
 
     Returns:
@@ -92,14 +93,14 @@ def demonstrate(data: Path, training: Training, progress: Progress) -> tuple[str
         for number, arm in enumerate(arms, start=1):
             seconds = train_arm(arm, f"[{number}/{len(arms)} {arm.name}]", progress)
             models += _evaluate(arm, seconds, progress)
-        panel = Panel(
-            curves={model.name: model.training.valid for model in models},
-            title=f"{training.updates} updates a worker, {corpus.train:,} sentence pairs",
-            xlabel="update",
-            ylabel="validation NLL (bits per subword)",
+        panel = plots.Panel(
+            {model.name: plots.mean_of([model.training.valid]) for model in models},
+            "updates",
+            "validation NLL (bits per subword)",
+            f"fairseq: {corpus.train:,} sentence pairs, one seed",
             span=1.5,
         )
-        draw_curves(data / "nmt" / "demo.png", **panel)
+        plots.draw(data / "nmt" / "demo.png", [panel])
         report = _report(models, training)
         (data / "nmt" / "demo.txt").write_text(report + "\n", encoding="utf-8")
     return report, panel

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 
+from codistill import plots
 from recipes.embedded import commandline, measures
 from recipes.embedded.processes import run_all
 from recipes.embedded.progress import Pace, Progress, clock
-from recipes.embedded.report import Panel, draw_curves, table, thousands
+from recipes.embedded.report import table, thousands
 from recipes.embedded.steps import StepError, exclusive, step
 from recipes.embedded.vision import results
 from recipes.embedded.vision.arms import Arm
@@ -60,10 +61,9 @@ class Model:
         sent = thousands(mean(run.sent for run in self.runs)) + ("*" if self.computed else "")
         return [self.name, *columns, f"{self.runs[0].end.update}", clock(mean(run.seconds for run in self.runs)), sent]
 
-    def errors(self) -> list[list[float]]:
-        """Validation errors in percent: for every validation, one a seed."""
-        together = zip(*(run.validations for run in self.runs), strict=True)
-        return [[100.0 - validation.top1 for validation in moment] for moment in together]
+    def curve(self) -> plots.Curve:
+        """Validation error in percent against updates, over the seeds."""
+        return plots.mean_of([[(seen.update, 100.0 - seen.top1) for seen in run.validations] for run in self.runs])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,7 +93,7 @@ def regime(updates: int | None) -> Training:
         raise StepError(f"--updates {error}") from error
 
 
-def demonstrate(data: Path, training: Training, progress: Progress) -> tuple[str, Panel]:
+def demonstrate(data: Path, training: Training, progress: Progress) -> tuple[str, plots.Panel]:
     """Train what is not trained yet below `data`/vision, and leave demo.txt and demo.png there.
 
     Returns:
@@ -113,7 +113,7 @@ def demonstrate(data: Path, training: Training, progress: Progress) -> tuple[str
             for member, same in enumerate(zip(*seeds, strict=True))
         ]
         panel = _panel(models, training)
-        draw_curves(data / "vision" / "demo.png", **panel)
+        plots.draw(data / "vision" / "demo.png", [panel])
         report = _report(models, training)
         (data / "vision" / "demo.txt").write_text(report + "\n", encoding="utf-8")
     return report, panel
@@ -213,15 +213,12 @@ def read_arm(arm: Arm, seconds: float) -> list[Run]:
     return runs
 
 
-def _panel(models: Sequence[Model], training: Training) -> Panel:
-    updates = [validation.update for validation in models[0].runs[0].validations]
-    errors = {model.name: model.errors() for model in models}
-    return Panel(
-        curves={name: list(zip(updates, map(mean, rows), strict=True)) for name, rows in errors.items()},
-        spreads={name: [stdev(row) if len(row) > 1 else 0.0 for row in rows] for name, rows in errors.items()},
-        title=f"{training.updates} updates a worker, {training.images} digits, {len(models[0].runs)} seeds",
-        xlabel="update",
-        ylabel="validation error (%), mean ± deviation",
+def _panel(models: Sequence[Model], training: Training) -> plots.Panel:
+    return plots.Panel(
+        {model.name: model.curve() for model in models},
+        "updates",
+        "validation error (%)",
+        f"timm: {training.images} digits, {len(models[0].runs)} seeds",
         span=30.0,
     )
 
