@@ -248,8 +248,8 @@ def share_of_time(interval: int, beyond: float, device: str) -> Row:
 def expected_memory(model: int, learnt_from: int, beyond: float) -> float:
     """Bytes that a peer adds to the plain peak.
 
-    Its own: the host buffer, a module a peer, the parts that are on their way to the store. Mapped files, which the
-    kernel can take back: the initial weights, and at the swap each peer's snapshot.
+    Its own: the host buffer, a module a peer, the parts that are on their way to the store and from it. Mapped files,
+    which the kernel can take back: the initial weights, and at the swap each peer's snapshot.
     """
     own = (1 + learnt_from) * model + min(model, 4 * objects.CHUNK)
     mapped = (1 + learnt_from) * model
