@@ -216,10 +216,7 @@ def test_a_final_snapshot_never_goes_stale(peers):
 
 def test_a_final_snapshot_of_an_update_that_was_published_already_is_final_too(peers):
     first, second = pair(peers, max_staleness=4)
-    both_in_use(first, second)
-    while second.update % 2:
-        second.step()
-    second.codistiller.begin_update(second.update, epoch=1)
+    at_a_boundary(second, first)
     second.codistiller.finish(second.update)
     first.step_until(lambda: first.codistiller.state_dict()["in_use"]["1"]["final"])
     assert taken_up(first) == second.update
@@ -261,10 +258,7 @@ def test_a_resumed_peer_takes_up_exactly_what_was_in_use(peers):
 
 def test_a_resumed_peer_knows_that_what_was_in_use_is_final(peers):
     first, second = pair(peers, max_staleness=4)
-    both_in_use(first, second)
-    while second.update % 2:
-        second.step()
-    second.codistiller.begin_update(second.update, epoch=1)
+    at_a_boundary(second, first)
     idle(second)  # it is on the store by now, and its own document does not say so
     second.codistiller.finish(second.update)
     first.step_until(lambda: first.codistiller.state_dict()["in_use"]["1"]["final"])

@@ -70,8 +70,8 @@ def _margins() -> Iterator[str]:
 def _overview(verdicts: Mapping[str, Verdict]) -> Iterator[str]:
     rows = []
     for claim in CLAIMS:
-        figures = ", ".join(f"[{key}](#{_anchor(key)})" for key in claim.figures)
-        rows.append([f"[{claim.key}](#{claim.key.lower()})", claim.says, figures, f"**{verdicts[claim.key]}**"])
+        link = f"[{claim.key}](#{claim.key.lower()})"
+        rows.append([link, claim.says, _links(claim), f"**{verdicts[claim.key]}**"])
     yield from _table(("", "claim, in our words", "figures", "here"), rows)
 
 
@@ -112,9 +112,9 @@ def _figure(figure: Figure, found: Results, judged: Mapping[str, Sequence[Judgem
     yield ""
 
 
-def _anchor(key: str) -> str:
-    """Of a figure's heading."""
-    return f"figure-{key}" if key.isdecimal() else key
+def _links(claim: Claim) -> str:
+    """To the headings of its figures."""
+    return ", ".join(f"[{key}](#{f'figure-{key}' if key.isdecimal() else key})" for key in claim.figures)
 
 
 def _at_full_scale(figure: Figure) -> str:
@@ -188,8 +188,7 @@ def _taken(cell: Cell, tried: Sequence[Cell]) -> str:
 def _claim(claim: Claim, verdict: Verdict, judged: Sequence[Judgement]) -> Iterator[str]:
     yield f"### {claim.key}"
     yield ""
-    figures = ", ".join(f"[{key}](#{_anchor(key)})" for key in claim.figures)
-    yield f"**{verdict}**: {claim.says} ({'Figures' if len(claim.figures) > 1 else 'Figure'} {figures})"
+    yield f"**{verdict}**: {claim.says} ({'Figures' if len(claim.figures) > 1 else 'Figure'} {_links(claim)})"
     yield ""
     rows = []
     for one in judged:
