@@ -25,6 +25,8 @@ BURST_SECONDS = 0.002  # at full speed after a pause; less is not reached on a b
 # those who train on it.
 LEAST_BURST = 2**16 + 14
 MORTAL = ("setpriv", "--pdeathsig", "KILL", "--")
+# Who started it may have ended before the signal was asked for, which then never comes.
+UNLESS_ORPHANED = ("sh", "-c", 'test "$PPID" = "$0" && exec "$@"')
 TOOLS = ("ip", "tc", "unshare", "nsenter", "setpriv")
 
 
@@ -55,7 +57,8 @@ class Host:
             popen: what else `subprocess.Popen` is to know.
         """
         named = {**(os.environ if environment is None else environment), "GLOO_SOCKET_IFNAME": INTERFACE}
-        return subprocess.Popen([*MORTAL, *_inside(self.holder), *command], env=named, **popen)
+        guarded = [*MORTAL, *UNLESS_ORPHANED, str(os.getpid()), *_inside(self.holder), *command]
+        return subprocess.Popen(guarded, env=named, **popen)
 
     def throttle(self, mbit: Optional[float]) -> None:
         """Give the link another speed, in Mbit/s, each way; None: as fast as this machine copies."""

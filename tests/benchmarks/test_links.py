@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +35,13 @@ with hosts(2) as found:
     inside = found[0].start(["sleep", "300"])
     print(found[0].holder, found[1].holder, found[0].bridge, inside.pid, flush=True)
     time.sleep(300)
+"""
+START = """
+import ast, sys, time
+from benchmarks.links import Host
+host = Host(**ast.literal_eval(sys.argv[1]))
+print(host.start(["sleep", "300"]).pid, flush=True)
+time.sleep(300)
 """
 
 
@@ -81,6 +91,14 @@ def test_who_is_on_none_of_the_hosts_is_told_so():
         carried()
 
 
+def end_of(processes: list[int]) -> list[bool]:
+    """Which of them have ended, after a minute at most."""
+    end = time.monotonic() + 60
+    while not all(gone(process) for process in processes) and time.monotonic() < end:
+        time.sleep(0.05)
+    return [gone(process) for process in processes]
+
+
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_nothing_is_left_of_a_run_that_is_ended_from_outside(sign):
     command = [sys.executable, "-c", HOLD]
@@ -88,7 +106,18 @@ def test_nothing_is_left_of_a_run_that_is_ended_from_outside(sign):
         processes = [int(word) for word in run.stdout.readline().split()]
         assert [gone(process) for process in processes] == 4 * [False]
         run.send_signal(sign)
-    end = time.monotonic() + 60
-    while not all(gone(process) for process in processes) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert [gone(process) for process in processes] == 4 * [True]
+    assert end_of(processes) == 4 * [True]
+
+
+def test_what_had_only_just_started_when_its_starter_was_killed_ends_too(tmp_path):
+    slow = tmp_path / "setpriv"
+    slow.write_text(f'#!/bin/sh\nsleep 2\nexec {shutil.which("setpriv")} "$@"\n')
+    slow.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with hosts(1) as [host]:
+        command = [sys.executable, "-c", START, repr(dataclasses.asdict(host))]
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as starter:
+            process = int(starter.stdout.readline())
+            assert not gone(process)
+            starter.kill()
+        assert end_of([process]) == [True]
