@@ -35,7 +35,7 @@ CONSOLE_SCRIPTS = [
 setup(
     name="codistill",
     version="0.1.0",
-    description="Flags that make the fairseq and timm trainings people already run codistil with each other",
+    description="Flags that make the fairseq and timm jobs people already run codistil with each other",
     long_description=README.read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="codistill contributors",

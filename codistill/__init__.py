@@ -1,4 +1,4 @@
-"""Codistillation for trainings that people already run: the core that the fairseq and timm plug-ins share.
+"""Codistillation for the training jobs people already run: the core that the fairseq and timm plug-ins share.
 
 Models that train at the same time pull their predictions towards each other's, knowing their peers only through
 snapshots of weights that arrive now and then. The public names are those below; they load torch when first used.

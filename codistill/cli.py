@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     plot = commands.add_parser(
         "plot",
         help="draw runs: losses, metrics, distance, staleness, ...",
-        description="Draws what trainings wrote of themselves, a panel for each key and a line for each name: the mean "
+        description="Draws what training runs have logged, a panel for each key and a line for each name: the mean "
         "of the runs of that name, with a 95 % interval (Student's t) where there are several. codistill plot "
         "'plain=runs/plain-*' 'codistill=runs/co-*/peer-0' --show valid_loss,distance --out curves.png",
         epilog="Keys: alpha, loss (the penalty), agreement, peers, staleness, gap, distance, sent, received, seconds, "

@@ -38,7 +38,7 @@ def write(out: Path, found: Results, *, quick: bool = False) -> None:
     verdicts = {key: together([one.verdict for one in parts]) for key, parts in judged.items()}
     parts = {
         "so_far": [QUICK] if quick else _so_far(found),
-        "claims": _overview(verdicts),
+        "claims": _overview(verdicts, judged),
         "margins": _margins(),
         "chosen": _chosen(results.read(folder / search.NAME)),
         "figures": (line for figure in FIGURES for line in _figure(figure, found, judged, figure.key in drawn)),
@@ -53,7 +53,7 @@ def _so_far(found: Results) -> Iterator[str]:
     done = {(slug, seed) for slug, seeds in found.seconds.items() for seed in seeds}
     if missing := len(wanted - done):
         yield (
-            f"**{len(wanted) - missing} of {len(wanted)} trainings are finished, and verdicts are of these.** "
+            f"**{len(wanted) - missing} of {len(wanted)} training runs are finished, and the verdicts rest on these.** "
             f"`{COMMAND}` goes on with the rest."
         )
 
@@ -67,12 +67,21 @@ def _margins() -> Iterator[str]:
     yield f"* {100 * settings.MARGINS['train_loss']:g} % of the training loss"
 
 
-def _overview(verdicts: Mapping[str, Verdict]) -> Iterator[str]:
+def _overview(verdicts: Mapping[str, Verdict], judged: Mapping[str, Sequence[Judgement]]) -> Iterator[str]:
     rows = []
     for claim in CLAIMS:
-        link = f"[{claim.key}](#{claim.key.lower()})"
-        rows.append([link, claim.says, _links(claim), f"**{verdicts[claim.key]}**"])
-    yield from _table(("", "claim, in our words", "figures", "here"), rows)
+        link, verdict = f"[{claim.key}](#{claim.key.lower()})", verdicts[claim.key]
+        rows.append([link, claim.says, _links(claim), f"**{verdict}**", _decisive(verdict, judged[claim.key])])
+    yield from _table(("", "claim, in our words", "figures", "here", "the part that decides"), rows)
+
+
+def _decisive(verdict: Verdict, judged: Sequence[Judgement]) -> str:
+    """Of the parts with the claim's verdict the one that speaks most against the claim."""
+    known = [one for one in judged if one.verdict == verdict and one.low == one.low]
+    if not known:
+        return ""
+    one = max(known, key=lambda part: part.p)
+    return f"{one.part.says}: {_amount(one.part, one.mean)} ({_span(one)}), p {_probability(one.p)}"
 
 
 def _chosen(searched: Results) -> Iterator[str]:
@@ -195,12 +204,16 @@ def _claim(claim: Claim, verdict: Verdict, judged: Sequence[Judgement]) -> Itera
         known = one.low == one.low
         says = "; ".join([one.part.says, *(f"best: {_taken(cell, tried)}" for cell, tried in one.best)])
         shown = _amount(one.part, one.mean) if one.seeds else ""
-        span = f"{_amount(one.part, one.low)} to {_amount(one.part, one.high)}" if known else ""
+        span = _span(one) if known else ""
         rows.append(
             [says, _bound(one.part), shown, span, _probability(one.p) if known else "", f"{one.seeds}", one.verdict]
         )
     yield from _table(("part", "holds if", "mean", "95 % interval", "p", "seeds", "verdict"), rows)
     yield ""
+
+
+def _span(one: Judgement) -> str:
+    return f"{_amount(one.part, one.low)} to {_amount(one.part, one.high)}"
 
 
 def _amount(part: Part, value: float) -> str:
