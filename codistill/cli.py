@@ -53,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
         "options",
         help="list every --codistill option with its default",
         description="Lists the options that the plug-ins add to a host framework's training command, with their "
-        "defaults. (fairseq-train --help shows no plug-in's options.)",
+        "defaults. (fairseq-train --help shows no plug-in's options.) fairseq also has --codistill-label-smoothing, "
+        "and takes data-fraction, data-seed and data-shard with --task codistill_translation only.",
     )
     options.set_defaults(run=_options)
 

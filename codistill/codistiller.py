@@ -27,6 +27,7 @@ from codistill.exchange.membership import Identity
 from codistill.exchange.prediction.predictions import PredictionExchange
 from codistill.exchange.protocol import Exchange, Position
 from codistill.exchange.snapshot import distinct, tensors_of, weights_hash
+from codistill.loader_processes import spare_loaders
 from codistill.losses import Distilled, distill
 from codistill.meters import Distance, Incidents, MetricsFile
 from codistill.termination import Termination
@@ -74,6 +75,8 @@ class Codistiller:
             published_state: gives what is published in place of the model's own state, such as its moving average: the
                 same names and shapes.
         """
+        if config.peers > 1:
+            spare_loaders()
         self.config = config
         self.alpha = 0.0
         self._schedule = config.alpha_schedule()

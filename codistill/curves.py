@@ -27,6 +27,7 @@ IN_HOSTS_LOGS = "train_codistill_"  # what our keys begin with there
 _COUNTERS = frozenset(  # of one process; those of the next one go on from there
     ("wall", "train_wall", "sent", "received", "seconds", "skipped", "incidents")
 )
+_STARTED = "started"  # of metrics: when the process was
 _JSON = re.compile(r'(\{"epoch": .*\})\s*$')
 _DURING = re.compile(r"\bepoch (\d+):\s+(\d+) / (\d+) (\w+=.*)$")  # --log-format simple
 _AT_END = re.compile(r"\bepoch (\d+) \| (?:valid on '(.+?)' subset \| )?(\w+ [^|]+(?: \| \w+ [^|]+)*)$")
@@ -190,16 +191,21 @@ def _joined(rows: Iterable[Row]) -> list[Row]:
     kept: list[Row] = []
     before: dict[str, float] = {}  # what the processes that have ended had counted
     last: dict[str, float] = {}  # what the present one has
+    present: Optional[float] = None  # when it was started, where that is known
     for row in rows:
+        started = row.values.get(_STARTED, present)
         now = {key: value for key, value in row.values.items() if _counts(key) and math.isfinite(value)}
         back = bool(kept) and row.at < kept[-1].at
-        if back or any(value < last.get(key, value) for key, value in now.items()):
+        if back or started != present or any(value < last.get(key, value) for key, value in now.items()):
             before.update({key: before.get(key, 0.0) + value for key, value in last.items()})
             last.clear()
         if back:
             kept = [other for other in kept if other.at < row.at]
         last.update(now)
-        kept.append(row._replace(values={**row.values, **{key: before.get(key, 0.0) + now[key] for key in now}}))
+        present = started
+        values = {**row.values, **{key: before.get(key, 0.0) + now[key] for key in now}}
+        values.pop(_STARTED, None)
+        kept.append(row._replace(values=values))
     return kept
 
 

@@ -145,20 +145,22 @@ class MetricsFile:
     def __init__(self, folder: Path, incidents: Incidents) -> None:
         """Nothing is opened until the first line is written; from now on the clock runs that each line tells."""
         self._path = folder / METRICS_FILE
-        self._began = time.monotonic()
+        self._began, self._started = time.monotonic(), round(time.time(), 3)
         self._incidents = incidents
         self._lines: deque[tuple[dict[str, Any], bool]] = deque()  # each with whether it waits
         self._measured = (-1, math.nan)  # the last update of which the distance is known, and that distance
         self._lock = threading.Lock()
 
     def write(self, record: Mapping[str, Any], *, waits: bool = False) -> None:
-        """Append `record` and `wall`, this process's seconds so far; numbers that are not finite become null.
+        """Append `record`, `wall` and `started`; numbers that are not finite become null.
+
+        `wall` are this process's seconds so far, `started` (seconds since 1970) tells processes apart.
 
         Args:
             record: values by name; what `measured` was told of its `update` becomes its `distance`.
             waits: if that was nothing yet, append it when `measured` is told of that update, or of a later one.
         """
-        line = {**record, "wall": round(time.monotonic() - self._began, 3)}
+        line = {**record, "wall": round(time.monotonic() - self._began, 3), "started": self._started}
         with self._lock:
             self._lines.append((line, waits))
             self._append()

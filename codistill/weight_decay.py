@@ -33,7 +33,7 @@ class WeightDecay:
         if not any(self.decaying):
             raise ConfigError(
                 f"{flag('weight-decay')}: --weight-decay is 0, so no parameter has any; "
-                "give --weight-decay the schedule's first value"
+                "give --weight-decay any value above 0, which the schedule then replaces"
             )
         value = self._schedule.at(update=update, epochs=epochs)
         for group, decays in zip(groups, self.decaying, strict=True):

@@ -2,7 +2,7 @@
 
 fairseq hands its update counter only to `task.train_step`, asks the task instance for what a checkpoint shall hold,
 and has no end-of-training hook: that every worker tells its log "done training", shown or not, is the sign. A process
-that ends without it leaves its last snapshot not marked final.
+that ends without it, or by `--stop-time-hours`, leaves its last snapshot not marked final.
 """
 
 from __future__ import annotations
@@ -10,27 +10,31 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import math
 from collections.abc import Callable
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, Optional
 
 from fairseq.distributed import DistributedTimeoutWrapper, LegacyDistributedDataParallel, ModuleProxyWrapper
+from fairseq.file_io import PathManager
 from fairseq.logging import metrics
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from codistill import CodistillConfig, Codistiller, ConfigError, ExchangeFailed, WeightDecay, shard
+from codistill.loader_processes import spare_loaders
 from fairseq_codistill.architectures import architecture, build_unlike
 from fairseq_codistill.average import Average
 from fairseq_codistill.sampling import TrainingData, end_loaders
 
 _WRAPPERS = (DistributedTimeoutWrapper, ModuleProxyWrapper, DistributedDataParallel, LegacyDistributedDataParallel)
 _STATE = "codistill"
+_host_copy = PathManager.copy
 
 
 class TaskHooks:
-    """Wraps the task instance's `train_step`, `begin_epoch` and checkpoint methods.
+    """Wraps the task instance's `train_step`, `begin_epoch` and checkpoint methods, and has checkpoints copied whole.
 
     Attributes:
         codistiller: made at the first update; None before.
@@ -50,6 +54,9 @@ class TaskHooks:
         self.epoch = 1
         self.dummy = False
         self._task, self._config, self._root = task, config, root
+        if config.peers > 1:
+            spare_loaders()
+        PathManager.copy = staticmethod(_copy_whole)
         schedule = config.weight_decay_schedule()
         self._weight_decay = WeightDecay(schedule) if schedule is not None else None
         self._restored: Optional[dict[str, Any]] = None
@@ -110,7 +117,7 @@ class TaskHooks:
             self.codistiller.checkpoint_saved(self.update)
         self.codistiller.begin_update(self.update, self.epoch)
         if self._weight_decay is not None:
-            self._decay(self._weight_decay, optimizer.param_groups)
+            self._decay(self._weight_decay, list(optimizer.param_groups))  # of `--optimizer composite` a generator
         for key, value in self.codistiller.metrics().items():
             if key not in ("loss", "agreement"):  # these come from the logging outputs of all workers
                 metrics.log_scalar(f"codistill_{key}", value, weight=0, priority=1500, round=6)
@@ -150,8 +157,18 @@ class TaskHooks:
         if self._restored is not None:
             codistiller.load_state_dict(self._restored)
         Finalize(None, codistiller.close, exitpriority=10)  # unlike atexit also where fairseq spawned the process
-        _when_done(lambda: codistiller.finish(self._updates_done()))
+        _when_done(self._finish)
         return codistiller
+
+    def _finish(self) -> None:
+        if self.codistiller is None:
+            return
+        updates, options = self._updates_done(), self._root.optimization
+        through = updates >= (options.max_update or math.inf) or self.epoch >= (options.max_epoch or math.inf)
+        if options.stop_time_hours > 0 and not through:
+            self.codistiller.close()  # more is to come: nothing is final yet
+        else:
+            self.codistiller.finish(updates)
 
     def _build_peer(self, model: nn.Module) -> nn.Module:
         """A module like ours. On a copy of the task: building a model may set the task's generator (`--eval-bleu`)."""
@@ -193,6 +210,15 @@ class TaskHooks:
 def fingerprint(dictionary: Any) -> str:
     """sha256 (hex) of a fairseq dictionary: its symbols in the order of the model's classes."""
     return hashlib.sha256("\n".join(dictionary.symbols).encode()).hexdigest()
+
+
+def _copy_whole(src_path: str, dst_path: str, overwrite: bool = False) -> Any:
+    """In place of fairseq's copying onto `checkpoint_last.pt`, of which a kill would leave half to resume from."""
+    if not PathManager.supports_rename(dst_path):
+        return _host_copy(src_path, dst_path, overwrite)
+    copied = _host_copy(src_path, f"{dst_path}.tmp", overwrite)
+    PathManager.rename(f"{dst_path}.tmp", dst_path)
+    return copied
 
 
 def _when_done(act: Callable[[], None]) -> None:

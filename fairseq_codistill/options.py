@@ -67,13 +67,16 @@ def label_smoothing_schedule(cfg: Any) -> Optional[Piecewise]:
     return schedule
 
 
-_REFUSED = (  # where in fairseq's configuration, whether its value stands in the way, the flag to leave out
+_REFUSED = (  # where in fairseq's configuration, whether its value stands in the way, what to leave out
     ("optimization", "use_bmuf", bool, "--use-bmuf"),
     ("distributed_training", "ddp_backend", lambda value: value == "slowmo", "--ddp-backend slowmo"),
     ("distributed_training", "ddp_backend", lambda value: value == "fully_sharded", "--ddp-backend fully_sharded"),
     ("distributed_training", "pipeline_model_parallel", bool, "--pipeline-model-parallel"),
     ("common", "model_parallel_size", lambda value: value > 1, "--model-parallel-size above 1"),
-    ("model", "adaptive_softmax_cutoff", lambda value: value is not None, "--adaptive-softmax-cutoff"),
+    (
+        *("model", "adaptive_softmax_cutoff", lambda value: value is not None),
+        "--adaptive-softmax-cutoff (yours, or that of your --arch)",
+    ),
 )
 _IGNORE_CUTOFF = ("lstm", "lstm_lm", "fconv_lm")  # they have one by default, and use it with adaptive_loss alone
 

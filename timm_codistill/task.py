@@ -21,6 +21,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from codistill import CodistillConfig, Codistiller, ConfigError, WeightDecay, flag
+from codistill.loader_processes import spare_loaders
 from timm_codistill import architectures
 from timm_codistill.coordinated import Sampling
 from timm_codistill.data import fingerprint, offset_sampler, seed_offset
@@ -63,6 +64,8 @@ class CodistillationTask(ClassificationTask):
         super().__init__(model, criterion, *args, **kwargs)
         self._config: Optional[CodistillConfig] = codistill_config(options)
         self._data_seed = data_config(options).data_seed if self._config else 0
+        if self._config and self._config.peers > 1:
+            spare_loaders()
         self._sampling: Optional[Sampling] = None
         self._architecture = architectures.describe(model, model_arguments)
         schedule = self._config.weight_decay_schedule() if self._config else None
@@ -147,6 +150,7 @@ class CodistillationTask(ClassificationTask):
         """All of an epoch's batches are done; those that were skipped to meet other peers count as updates."""
         if self._sampling is not None:
             self._update = self._update_after
+        self._update_after = self._update  # the loader may have had fewer batches than it said
 
     def update_ema(self, step: Optional[int] = None) -> None:
         """Update the moving average as timm does; `step` is the number of updates done."""
@@ -214,7 +218,8 @@ class CodistillationTask(ClassificationTask):
         state = super().get_task_state(module=module, ema=ema)
         if ema or self._codistiller is None:
             return state
-        self._checkpoint_at = self._update
+        if self._update >= self._update_after:  # not so timm's recovery files: train.py resumes at whole epochs
+            self._checkpoint_at = self._update
         ours: dict[str, Any] = self._codistiller.state_dict()
         if self._weight_decay is not None:
             ours["decaying"] = self._weight_decay.decaying

@@ -404,7 +404,7 @@ def test_metrics_are_kept_in_the_save_dir_for_every_boundary(peers):
     lines = [json.loads(line) for line in (first.save_dir / METRICS_FILE).read_text().splitlines()]
     boundaries = list(range(2, first.update, 2))
     assert [line["update"] for line in lines] == [*boundaries, first.update]
-    assert all(line.keys() == {*KEYS, "update", "epoch", "wall"} for line in lines)
+    assert all(line.keys() == {*KEYS, "update", "epoch", "wall", "started"} for line in lines)
 
 
 def idle(peer):

@@ -183,6 +183,17 @@ def test_after_a_resume_the_later_updates_count_and_counters_and_the_clock_go_on
     assert run.curve("distance", "time") == [(5, 10.0), (18, 1.0), (21, 2.0), (24, 3.0)]
 
 
+def test_a_process_is_told_from_the_one_before_though_no_counter_of_it_is_behind(tmp_path):
+    lines = [
+        {"update": 500, "epoch": 1, "distance": 1.0, "wall": 100.0, "started": 1e9},
+        {"update": 1000, "epoch": 1, "distance": 2.0, "wall": 104.0, "started": 1e9 + 300},
+        {"update": 1500, "epoch": 1, "distance": 3.0, "wall": 200.0, "started": 1e9 + 300},
+    ]
+    run = read(metrics(tmp_path / "run", *lines))
+    assert run.curve("distance", "time") == [(100, 1.0), (204, 2.0), (300, 3.0)]
+    assert run.keys == ["distance", "wall"]
+
+
 def test_a_resume_in_a_second_log_replaces_validations_it_has_not_come_to_yet(tmp_path):
     (tmp_path / "b.log").write_text(inner(50, 5) + inner(100, 10) + valid(100, 3.0) + inner(150, 15) + valid(150, 2.0))
     (tmp_path / "a.log").write_text(inner(125, 4))

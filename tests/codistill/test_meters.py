@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import pickle
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -97,8 +98,11 @@ def test_metrics_are_appended_as_strict_json_lines_that_tell_the_time(tmp_path):
         file.write({"update": update, "loss": math.nan, "alpha": math.inf})
     lines = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
     walls = [line.pop("wall") for line in lines]
+    starts = {line.pop("started") for line in lines}
     assert lines == [{"update": u, "loss": None, "alpha": None} for u in (1, 2)]
     assert 0 <= walls[0] <= walls[1]
+    assert abs(time.time() - starts.pop()) < 60
+    assert not starts
     assert incidents.total == 0
 
 

@@ -2,11 +2,13 @@
 
 import json
 import logging
+import resource
 
 import pytest
 import torch
 from fairseq import optim
 from fairseq.distributed import DistributedTimeoutWrapper
+from fairseq.file_io import PathManager
 from fairseq.logging import metrics
 from fairseq.tasks.translation import TranslationTask
 
@@ -128,6 +130,24 @@ def test_our_state_lies_beside_the_tasks_own_and_comes_back(hosts, tmp_path):  #
     assert resumed.codistiller.state_dict()["init_hash"] == ours["init_hash"]
 
 
+def test_a_copy_of_a_checkpoint_that_fails_half_way_leaves_the_one_before(hosts, tmp_path):  # noqa: F811
+    hosts(0, *ALONE)
+    new, last = tmp_path / "checkpoint_1_2.pt", tmp_path / "checkpoint_last.pt"
+    new.write_bytes(bytes(200_000))
+    last.write_bytes(b"whole")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # stands for a full disk
+    try:
+        with pytest.raises(OSError, match="too large"):
+            PathManager.copy(str(new), str(last), overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert last.read_bytes() == b"whole"
+    assert PathManager.copy(str(new), str(last), overwrite=True)
+    assert last.read_bytes() == new.read_bytes()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
 def test_a_tasks_own_checkpoint_state_stays_its_own(hosts, monkeypatch):  # noqa: F811
     given = []
     own = {"Other": {"kept": 1}, "TranslationTask": {"also": 2}}
@@ -216,8 +236,28 @@ def test_a_schedule_without_any_weight_decay_to_start_from_is_one_line(hosts):  
         host.step(batch(host), 0)
     assert ended.value.code == (
         "--codistill-weight-decay: --weight-decay is 0, so no parameter has any; "
-        "give --weight-decay the schedule's first value"
+        "give --weight-decay any value above 0, which the schedule then replaces"
     )
+
+
+def test_a_schedule_goes_with_an_optimiser_that_gives_its_groups_one_by_one(hosts):  # noqa: F811
+    host = two_groups(hosts(0, *ALONE, *SCHEDULE))
+    whole = host.optimizer
+
+    class OneByOne:
+        """As fairseq's composite optimizer does."""
+
+        @property
+        def param_groups(self):
+            yield from whole.param_groups
+
+        def __getattr__(self, name):
+            return getattr(whole, name)
+
+    host.optimizer = OneByOne()
+    for update, wanted in ((0, [0.1, 0.0]), (5, [0.0, 0.0]), (10, [0.3, 0.0])):
+        host.step(batch(host), update)
+        assert [group["weight_decay"] for group in whole.param_groups] == wanted
 
 
 # --- the end --------------------------------------------------------------------------------------------------------
@@ -233,6 +273,27 @@ def test_the_end_of_training_publishes_a_final_snapshot_of_the_last_update(hosts
     found = latest(tmp_path, 0)
     assert (found.closed, found.manifest.final, found.manifest.update) == (True, True, 3)
     assert lines(host)[-1]["update"] == 3
+
+
+@pytest.mark.parametrize(
+    ("limits", "final"),
+    [
+        (["--stop-time-hours", "1", "--max-update", "9"], False),
+        (["--stop-time-hours", "1", "--max-epoch", "9"], False),
+        (["--stop-time-hours", "1", "--max-update", "3"], True),
+        (["--stop-time-hours", "1", "--max-epoch", "1"], True),
+        (["--max-update", "9"], True),  # such as by --patience
+    ],
+)
+def test_a_training_that_was_to_stop_by_the_clock_is_final_only_when_it_is_through(hosts, tmp_path, limits, final):  # noqa: F811
+    metrics.reset()
+    host = hosts(0, *limits)
+    for update in (0, 1, 2):
+        host.step(batch(host), update)
+    metrics.log_scalar("num_updates", 3, weight=0)
+    say(END)
+    found = latest(tmp_path, 0)
+    assert (found.manifest.final, found.closed) == (final, final)
 
 
 def test_the_end_is_noticed_where_the_log_does_not_show_it_as_on_all_workers_but_the_first(

@@ -126,7 +126,10 @@ BAD = [
     (["--ddp-backend", "fully_sharded"], f"--ddp-backend fully_sharded: {WHOLE_MODELS}"),
     (["--pipeline-model-parallel"], f"--pipeline-model-parallel: {WHOLE_MODELS}"),
     (["--model-parallel-size", "2"], f"--model-parallel-size above 1: {WHOLE_MODELS}"),
-    (["--adaptive-softmax-cutoff", "10,20"], f"--adaptive-softmax-cutoff: {WHOLE_MODELS}"),
+    (
+        ["--adaptive-softmax-cutoff", "10,20"],
+        f"--adaptive-softmax-cutoff (yours, or that of your --arch): {WHOLE_MODELS}",
+    ),
 ]
 NEVER_WRONG = {"--codistill-sync"}  # a switch
 

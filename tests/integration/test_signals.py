@@ -23,6 +23,15 @@ def test_sigterm_publishes_the_weights_of_now_and_ends_the_process_as_without_us
     assert "Traceback" not in peer.errors()
 
 
+def test_sigterm_to_the_loader_s_processes_too_as_slurm_sends_it_loses_nothing(trainings):
+    peer = trainings.peer(0, *RARELY, "--num-workers", "2", **GO_ON).reach(5)
+    os.killpg(peer.processes[0].pid, signal.SIGTERM)
+    peer.processes[0].wait(60)
+    assert peer.processes[0].returncode == -signal.SIGTERM
+    assert latest(trainings, 0).manifest.update == peer.records()[-1]["update"] + 1
+    assert "Traceback" not in peer.errors()
+
+
 def test_sigterm_to_both_workers_of_a_peer_publishes_too_and_the_other_peer_takes_it_up(trainings):
     interval = ("--codistill-interval", "20", "--codistill-max-staleness", "100000")
     pair = trainings.peer(0, *interval, workers=2, **GO_ON)

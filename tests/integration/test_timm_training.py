@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,17 @@ def test_a_synchronous_run_killed_and_restarted_gives_the_same_bits(runs):
         for name in ("state_dict", "state_dict_ema", "optimizer"):
             torch.testing.assert_close(peer.checkpoint()[name], whole.checkpoint()[name], rtol=0, atol=0)
         assert peer.records()[-UPDATES:] == whole.records()[-UPDATES:]
+
+
+def test_sigterm_to_the_loader_s_processes_too_as_slurm_sends_it_loses_nothing(runs):
+    peer = runs.peer(0, "--workers", "2", "--epochs", "100", "--codistill-interval", "1000", pause=0.05).reach(5)
+    [process] = peer.processes
+    os.killpg(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == -signal.SIGTERM, peer.errors()
+    latest = json.loads((runs.exchange / "run/peers/0/latest.json").read_text())
+    assert latest["manifest"]["update"] == len(peer.records())
+    assert "Traceback" not in peer.errors()
 
 
 OPTIONS = {

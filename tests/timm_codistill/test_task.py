@@ -119,6 +119,19 @@ def test_nothing_of_ours_is_in_any_state_dict_and_the_task_state_is_plain(peers,
     plain.load_checkpoint_state(saved["state_dict"], saved["task_state"])
 
 
+def test_peers_may_forget_what_lies_before_an_epoch_s_checkpoint_but_not_before_one_within(peers, monkeypatch):
+    own = MODELS["resnet"]()
+    task = peers.task(0, own)
+    optimizer = torch.optim.SGD(own.parameters(), lr=0.0)
+    floors = []
+    for epoch in task.epochs(range(2), DataLoader(IMAGES, batch_size=2), optimizer, save_dir=peers.folder / "0"):
+        for step in range(4 * epoch, 4 * epoch + 4):
+            update(task, optimizer, step + 1)
+            monkeypatch.setattr(task._codistiller, "checkpoint_saved", floors.append)
+            task.get_checkpoint_state()  # within an epoch as timm's --recovery-interval does
+    assert floors == [4]
+
+
 def test_without_the_switch_it_is_a_classification_task(tmp_path):
     model = MODELS["resnet"]()
     task = CodistillationTask(model, LabelSmoothingCrossEntropy(), options=options())
