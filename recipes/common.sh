@@ -15,12 +15,14 @@ RUN=${RUN:-runs}
 SEED=${SEED:-1}
 NODES=${NODES:-1}
 LOADERS=${LOADERS:-4}
+LOCK_SECONDS=${LOCK_SECONDS:-120} # a machine that failed may hold its lock on a network file system for so long
 
 declare -A default kind chosen value # of each setting: our default, what is allowed, the user's value, the job's
 declare -A codistill_only=() seen=()
 settings=()
 jobs=()
 command=()
+gpus=1 # of one model, on each machine
 
 die() {
   echo "${0##*/}: $*" >&2
@@ -153,19 +155,35 @@ do_peer() {
     models=$PEERS
     made+=" and ${EXCHANGE:-$RUN/exchange}/$name" # a new peer would learn from final snapshots of the old ones
   fi
-  make_command "$arm" "$peer" "$models" "$name" "$folder"
-  local extra=()
-  read -ra extra <<<"${EXTRA:-}"
-  command+=("${extra[@]}")
+  local told=("$arm" "$peer" "$models" "$name" "$folder")
+  compose "${told[@]}"
   [[ -z ${seen[$folder]:-} ]] || return 0 # two points of a figure may be one run
   seen[$folder]=yes
+  if ! dry && [[ ! -e $folder/finished ]]; then
+    need_command "${command[0]}"
+    need_gpus "$gpus"
+    mkdir -p "$folder"
+    take "$folder"
+    compose "${told[@]}" # somebody else may have trained on while we waited
+  fi
   if [[ -e $folder/finished ]]; then
     say "finished: $folder; remove $made to train anew"
   elif dry; then
     printf '%s\n' "$(printf '%q ' "${command[@]}")" | sed 's/ $//'
   else
     run "$folder"
+    ((models == 1)) || together "$folder"
   fi
+}
+
+# compose ARM PEER MODELS NAME FOLDER: the whole `command`.
+compose() {
+  local extra=()
+  make_command "$@"
+  read -ra extra <<<"${EXTRA:-}"
+  [[ ! " ${extra[*]}" =~ " --stop-"(time-hours|epoch) ]] ||
+    die "EXTRA=$EXTRA: must not end a training before its last update, or it counts as finished; leave it out"
+  command+=("${extra[@]}")
 }
 
 # Equal settings give equal names, so that figures that show the same run share it; what does not touch an arm is left
@@ -192,6 +210,7 @@ launch() {
     meet=(--rdzv-backend=c10d "--rdzv-endpoint=$RENDEZVOUS" "--rdzv-id=$2" "--nnodes=$NODES")
   fi
   command=("$4")
+  gpus=$((workers / NODES))
   ((workers == 1)) || command=(torchrun "${meet[@]}" "--nproc-per-node=$((workers / NODES))" -m "$3")
 }
 
@@ -205,14 +224,62 @@ exchange_flags() {
   )
 }
 
+# need_gpus COUNT: on this machine, where that can be known.
+need_gpus() {
+  local there visible
+  [[ -n $(type -P nvidia-smi) ]] || return 0
+  there=$(nvidia-smi -L | grep -c ^GPU || true)
+  if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+    IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
+    there=${#visible[@]}
+  fi
+  (($1 <= there)) || die "WORKERS=${value[workers]}: must be no more than there are GPUs, here $there for $1 workers; \
+set NODES to train one model on several machines, or WORKERS"
+}
+
+# take FOLDER: only one start of a run may train there, since figures share runs; the machines of one start all may. The
+# training inherits the lock: it is held for as long as any process of it lives.
+take() {
+  local starter=${HOSTNAME:-here}:$$ waited=0 held status
+  ((NODES == 1)) || starter=$RENDEZVOUS
+  [[ -n $(type -P flock) ]] || return 0
+  exec {held}<>"$1/lock"
+  while :; do
+    status=0
+    flock --nonblock "$held" || status=$?
+    if ((status > 1)); then
+      say "$1: cannot be locked on this file system; start no second training there"
+      return
+    elif ((status == 0)); then
+      echo "$starter" >"$1/lock"
+      ((NODES == 1)) || flock --timeout "$LOCK_SECONDS" --shared "$held"
+      return
+    elif ((NODES > 1)) && flock --nonblock --shared "$held"; then
+      [[ $(<"$1/lock") != "$starter" ]] || return 0
+      flock --unlock "$held"
+    fi
+    ((waited < LOCK_SECONDS)) || die "$1: $(<"$1/lock") trains there, and figures may share a run; wait for its end"
+    ((++waited != 5)) || say "$1: $(<"$1/lock") trains there; waiting up to $LOCK_SECONDS seconds for its end"
+    sleep 1
+  done
+}
+
+# together FOLDER: say how much of a peer's training was codistillation.
+together() {
+  local all with
+  [[ -e $1/metrics.jsonl ]] || return 0
+  all=$(wc -l <"$1/metrics.jsonl")
+  with=$(grep -c '"peers": [1-9]' "$1/metrics.jsonl" || true)
+  say "$1: the other peer was in use at $with of $all intervals"
+  ((2 * with >= all)) || say "$1: most of it was not codistillation; both peers must train at the same time"
+}
+
 need_command() { [[ -n $(type -P "$1") ]] || die "$1: no such command; activate the environment that has codistill"; }
 
 # run FOLDER: run `command`. It has a process group of its own, so that a scheduler that signals all of ours reaches it
 # once, through us.
 run() {
   local status again=0 pid='' stopped=''
-  need_command "${command[0]}"
-  mkdir -p "$1"
   trap 'stopped=yes; [[ -z $pid ]] || kill -TERM "$pid" 2>/dev/null || true' TERM INT HUP
   set -m
   "${command[@]}" </dev/null &

@@ -37,7 +37,7 @@ check() { # FOLDER IMAGES
 
 check "$train" 1281167
 check "$val" 50000
-different=$(comm -3 <(classes "$train") <(classes "$val") | tr -d '\t' | head -n 1)
+different=$(comm -3 <(classes "$train") <(classes "$val") | tr -d '\t' | sed -n 1p)
 [[ -z $different ]] ||
   die "${different#./}: is a class folder of only one of $train and $val; give both the same classes"
 echo "$DATA: 1000 classes, 1281167 images to train on, 50000 to validate"

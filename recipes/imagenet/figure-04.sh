@@ -5,7 +5,7 @@
 # shellcheck source=recipes/imagenet/train.sh
 source "$(dirname "${BASH_SOURCE[0]}")/train.sh"
 
-for model in resnet50 "$resnext"; do
+for model in resnet50 "$RESNEXT"; do
   job all_reduce "$model" "one $model on all workers" model="$model" schedule=cosine
   job codistill "$model" "two, each on half of the workers" model="$model" schedule=cosine
 done

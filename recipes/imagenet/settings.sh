@@ -1,5 +1,6 @@
 # shellcheck shell=bash disable=SC2034,SC2154 # train.sh, which sources this, uses and sets the rest
-# Every setting of the ImageNet experiments, once; sourced. Each is an environment variable too, its name in capitals.
+# Every setting of the ImageNet experiments, once; sourced. What is declared by `setting` or `points` is an environment
+# variable too, its name in capitals.
 # "Paper": Sodhani et al. 2020 (arXiv 2010.02838). "Goyal": Goyal et al. 2017 (arXiv 1706.02677), which it starts from.
 # "Not known" marks what we did not find in the paper: our choice, to be set.
 
@@ -32,10 +33,9 @@ setting loss mse "mse kl ce" codistill # Not certain: the paper names the square
                                     # has no bound: too high a weight or learning rate diverges (docs/choosing.md).
 setting alpha 1 number codistill    # Not known.
 
-resnext=resnext101_32x4d            # Not known which ResNeXt-101.
-
 # Sweeps, also environment variables. Paper: half, once, twice and four times as often; learning rates 0.1, 0.2 and
 # higher.
+points RESNEXT resnext101_32x4d     # Not known which ResNeXt-101.
 points INTERVALS "5000 2500 1250 625"
 points LRS "0.1 0.2 0.4"            # Not known: the others.
 points BATCHES "32 64 128 256"      # Not known: images a worker of Figure 3.

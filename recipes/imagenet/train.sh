@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Makes the command of one ImageNet training: upstream timm's train.py through codistill; sourced by the figures.
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(CDPATH="" cd -- "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=recipes/common.sh
 source "$here/../common.sh"
 # shellcheck source=recipes/imagenet/settings.sh
@@ -20,6 +20,8 @@ check_needs() {
 https://raw.githubusercontent.com/huggingface/pytorch-image-models/v1.0.28/train.py"
   dry && return
   [[ -d $DATA/train ]] || die "DATA=$DATA: has no train/; see ${here#"$PWD"/}/check-data.sh for what must be there"
+  [[ -d $DATA/validation || -d $DATA/val ]] || # timm would validate on the images it trains on
+    die "DATA=$DATA: has no val/; see ${here#"$PWD"/}/check-data.sh for what must be there"
   [[ -f $TIMM_TRAIN_SCRIPT ]] || die "TIMM_TRAIN_SCRIPT=$TIMM_TRAIN_SCRIPT: no such file; name timm's train.py"
 }
 
@@ -51,6 +53,12 @@ make_command() {
 # per_model EPOCHS MODELS: each of several models has fewer workers, hence sees fewer epochs in the same updates.
 per_model() { awk "BEGIN { print $1 / $2 }"; }
 
+# warmup_from MODELS: the rate at which warm-up starts; no higher than the one it leads to.
+warmup_from() {
+  local images=$((value[batch] * value[workers] / $1))
+  awk "BEGIN { print ${value[lr]} * ($images < 256 ? $images / 256 : 1) }"
+}
+
 # optimiser_flags MODELS. The schedule advances at every update, as Goyal's does; stepped by epochs, timm would also
 # reach each milestone an epoch early. timm's `sgd` has Nesterov's momentum and decays no bias or BatchNorm weight.
 optimiser_flags() {
@@ -60,7 +68,7 @@ optimiser_flags() {
   command+=(--epochs $((epochs * value[part] / $1)))
   command+=(--opt sgd --momentum 0.9 --weight-decay "${weight_decays[0]}")
   command+=(--lr-base "${value[lr]}" --lr-base-size 256 --lr-base-scale linear)
-  command+=(--sched-on-updates --warmup-lr "${value[lr]}")
+  command+=(--sched-on-updates --warmup-lr "$(warmup_from "$1")")
   if [[ ${value[schedule]} == cosine ]]; then
     command+=(--sched cosine --min-lr 0)
   else

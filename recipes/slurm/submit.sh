@@ -33,7 +33,7 @@ done
 GRACE=${GRACE:-180}
 [[ $GRACE =~ ^[1-9][0-9]*$ ]] || die "GRACE=$GRACE: must be a whole number of seconds, 1 or more; leave it out for 180"
 
-recipe=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
+recipe=$(CDPATH="" cd -- "$(dirname "$1")" && pwd)/$(basename "$1")
 name=$(basename "$1" .sh)
 name=${name}-$(IFS=- && echo "${*:2}")
 nodes=${NODES:-1}

@@ -10,7 +10,7 @@
 # {train,valid,test}.en and .de; IWSLT'14 takes `raw … de en 10000` too. DRY_RUN=1 prints the commands and runs nothing;
 # a finished OUT is left as it is.
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(CDPATH="" cd -- "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 die() {
   echo "prepare.sh: $*" >&2

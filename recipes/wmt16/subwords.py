@@ -30,8 +30,13 @@ def main(folder: Path, out: Path, languages: tuple[str, str], size: int) -> None
     for split in ("train", "valid", "test"):
         for language in languages:
             name = f"{split}.{language}"
-            with open(folder / name, encoding="utf-8") as lines, open(out / name, "w", encoding="utf-8") as encoded:
-                encoded.writelines(" ".join(pieces.encode(line.strip(), out_type=str)) + "\n" for line in lines)
+            # A stray carriage return ends no line: each sentence stays beside its translation.
+            with (
+                open(folder / name, encoding="utf-8", newline="\n") as lines,
+                open(out / name, "w", encoding="utf-8") as encoded,
+            ):
+                for line in lines:
+                    encoded.write(" ".join(pieces.encode(" ".join(line.split()), out_type=str)) + "\n")
 
 
 if __name__ == "__main__":

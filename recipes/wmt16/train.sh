@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Makes the command of one translation training: stock fairseq-train with codistill's criterion; sourced by the figures.
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(CDPATH="" cd -- "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=recipes/common.sh
 source "$here/../common.sh"
 

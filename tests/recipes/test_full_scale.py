@@ -268,6 +268,10 @@ BAD = [  # recipe, arguments, variables, the line
      "DATA is not set: must be the folder that holds ImageNet's train/ and val/; set DATA=/data/imagenet"),
     ("imagenet/figure-01.sh", ["all_reduce"], {},
      "DATA=/data/set: has no train/; see recipes/imagenet/check-data.sh for what must be there"),
+    ("imagenet/figure-01.sh", ["all_reduce"], {"DATA": "{data}/half"},
+     "DATA={data}/half: has no val/; see recipes/imagenet/check-data.sh for what must be there"),
+    ("imagenet/figure-01.sh", ["all_reduce"], {"DATA": "{data}", "EXTRA": "--stop-epoch 3"},
+     "EXTRA=--stop-epoch 3: must not end a training before its last update, or it counts as finished; leave it out"),
     ("imagenet/figure-01.sh", ["all_reduce"], {"TIMM_TRAIN_SCRIPT": ""},
      "TIMM_TRAIN_SCRIPT is not set: must be timm's train.py; get it with: curl -fLO "
      "https://raw.githubusercontent.com/huggingface/pytorch-image-models/v1.0.28/train.py"),
@@ -314,7 +318,8 @@ BAD = [  # recipe, arguments, variables, the line
 @pytest.mark.parametrize(("script", "arguments", "variables", "line"), BAD)
 def test_what_cannot_work_is_one_line(tmp_path, script, arguments, variables, line):
     for name in ("n01440764", "n01443537"):
-        (tmp_path / "train" / name).mkdir(parents=True)
+        for folder in ("train", "val", "half/train"):
+            (tmp_path / folder / name).mkdir(parents=True)
     train = tmp_path / "train.py"
     train.touch()
     path = RECIPES / script
@@ -341,6 +346,116 @@ def test_a_restart_of_a_timm_peer_resumes_from_its_last_checkpoint_and_a_finishe
     assert (done.returncode, done.stdout) == (0, "")
     made = f"{folder.parent} and {tmp_path}/exchange/{folder.parent.name}"
     assert done.stderr == f"figure-07.sh: finished: {folder}; remove {made} to train anew\n"
+
+
+def put(folder, name, text):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n", encoding="utf-8")
+    (folder / name).chmod(0o755)
+
+
+def test_where_the_folder_is_does_not_depend_on_the_shell_s_search_path():
+    done = call("recipes/imagenet/figure-12.sh", "all_reduce", **NEEDS, DRY_RUN="1", CDPATH=".")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("workers", "least"), [("16", 0.1), ("8", 0.05), ("32", 0.1)])
+def test_warm_up_never_begins_above_the_rate_it_leads_to(workers, least):
+    command = printed(figure(12), "codistill", PEER="0", WORKERS=workers)[0]
+    assert parsed_by_timm(stand_in(), command).warmup_lr == pytest.approx(least)
+
+
+def test_a_stray_carriage_return_does_not_part_a_sentence_from_its_translation(pairs, tmp_path):
+    with open(pairs / "train.en", "a", encoding="utf-8", newline="") as english:
+        english.write("abc\rde\n")
+    with open(pairs / "train.de", "a", encoding="utf-8") as german:
+        german.write("abcde\n")
+    command = [sys.executable, str(RECIPES / "wmt16/subwords.py"), str(pairs), str(tmp_path / "out"), "de", "en", "20"]
+    subprocess.run(command, check=True, timeout=SECONDS, capture_output=True)
+    written = {language: (tmp_path / "out" / f"train.{language}").read_bytes() for language in ("de", "en")}
+    assert {text.count(b"\n") for text in written.values()} == {21}
+    assert {text.count(b"\r") for text in written.values()} == {0}
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """Starts recipes with a stand-in for torchrun, which trains until a file `end` is there."""
+    for folder in ("train", "val"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "train.py").touch()
+    tools, started = tmp_path / "tools", []
+    wait = f'echo started\nuntil [[ -e "{tmp_path}/end" ]]; do sleep 0.1; done'
+    lines = r"""printf '{"peers": 0}\n{"peers": 1}\n{"peers": 0}\n{"peers": 0}\n'"""
+    put(tools, "torchrun", f'{wait}\n{lines} >"$(dirname "{tmp_path}"/runs/*/peer-0/lock)/metrics.jsonl"')
+    put(tools, "nvidia-smi", "for gpu in 0 1 2 3; do echo GPU $gpu: a GPU; done")
+
+    def start(job="all_reduce", **variables):
+        told = {"DATA": str(tmp_path), "TIMM_TRAIN_SCRIPT": str(tmp_path / "train.py"), "RUN": str(tmp_path / "runs")}
+        env = environment(**{**told, "WORKERS": "4", "LOCK_SECONDS": "1", **variables})
+        env["PATH"] = f"{tools}{os.pathsep}{env['PATH']}"
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen([figure(12), job], env=env, start_new_session=True, **pipes)
+        started.append(process)
+        return process
+
+    yield SimpleNamespace(start=start, end=(tmp_path / "end").touch, runs=tmp_path / "runs")
+    (tmp_path / "end").touch()
+    for process in started:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+        process.stdout.close()
+        process.stderr.close()
+
+
+def running(process):
+    assert process.stdout.readline() == "started\n", process.stderr.read()
+    return process
+
+
+def ended(process):
+    output, errors = process.communicate(timeout=60)
+    return process.returncode, output, errors.splitlines()
+
+
+def test_a_run_that_figures_share_is_trained_by_one_start_at_a_time(cluster):
+    first = running(cluster.start())
+    folder = next(cluster.runs.glob("*/peer-0"))
+    status, output, [line] = ended(cluster.start())
+    assert (status, output) == (2, "")
+    assert line.startswith(f"figure-12.sh: {folder}: ")
+    assert line.endswith(" trains there, and figures may share a run; wait for its end")
+    patient = cluster.start(LOCK_SECONDS="60")
+    cluster.end()
+    assert ended(first)[0] == 0
+    assert ended(patient) == (0, "", [f"figure-12.sh: finished: {folder}; remove {folder.parent} to train anew"])
+
+
+def test_the_machines_of_one_start_train_together_and_those_of_another_do_not(cluster):
+    here = {"NODES": "2", "RENDEZVOUS": "here:29500"}
+    running(cluster.start(**here))
+    running(cluster.start(**here))
+    status, _, [line] = ended(cluster.start(NODES="2", RENDEZVOUS="elsewhere:29500"))
+    assert status == 2
+    assert "here:29500 trains there" in line
+
+
+def test_a_recipe_says_how_much_of_a_peer_s_training_was_codistillation(cluster):
+    peer = running(cluster.start("codistill", PEER="0"))
+    cluster.end()
+    folder = next(cluster.runs.glob("*/peer-0"))
+    assert ended(peer) == (0, "", [
+        f"figure-12.sh: {folder}: the other peer was in use at 1 of 4 intervals",
+        f"figure-12.sh: {folder}: most of it was not codistillation; both peers must train at the same time",
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize(("visible", "there"), [({}, 4), ({"CUDA_VISIBLE_DEVICES": "0,1,2"}, 3)])
+def test_too_few_gpus_are_one_line(cluster, visible, there):
+    assert ended(cluster.start(WORKERS="8", **visible)) == (2, "", [
+        f"figure-12.sh: WORKERS=8: must be no more than there are GPUs, here {there} for 8 workers; set NODES to train "
+        "one model on several machines, or WORKERS"
+    ])  # fmt: skip
+    assert not cluster.runs.exists()
 
 
 @pytest.fixture
@@ -389,6 +504,7 @@ time.sleep(60)
 def test_a_signal_is_passed_on_as_sigterm_and_the_training_s_status_is_kept(tmp_path, told):
     shell = 'source "$1"; command=("$2" -c "$3"); run "$4"'
     argv = ["bash", "-c", shell, "recipe", str(RECIPES / "common.sh"), sys.executable, HOST, str(tmp_path / "peer-0")]
+    (tmp_path / "peer-0").mkdir()
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, env=environment(), start_new_session=True)
     with process.stdout:
         training = int(process.stdout.readline())
@@ -404,12 +520,6 @@ def test_a_signal_is_passed_on_as_sigterm_and_the_training_s_status_is_kept(tmp_
 
 
 # ---- Slurm: its commands are not here; what they would be given is.
-
-
-def put(folder, name, text):
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n", encoding="utf-8")
-    (folder / name).chmod(0o755)
 
 
 @pytest.fixture
