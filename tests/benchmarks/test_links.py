@@ -8,12 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
 from benchmarks.links import INTERFACE, Host, Unavailable, carried, hosts
+from tests.processes import gone, gone_soon
 
 MBIT = 50.0
 SIZE = 4_000_000
@@ -58,14 +57,6 @@ def started(host: Host, code: str) -> subprocess.Popen[str]:
     return host.start([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
 
-def gone(process: int) -> bool:
-    """Ended, at least as far as a zombie."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
 def test_a_link_counts_what_it_carries_and_is_no_faster_than_it_may_be():
     with hosts(2, MBIT) as (one, other), started(other, RECEIVE) as receiver:
         assert receiver.stdout.readline() == "ready\n"
@@ -91,14 +82,6 @@ def test_who_is_on_none_of_the_hosts_is_told_so():
         carried()
 
 
-def end_of(processes: list[int]) -> list[bool]:
-    """Which of them have ended, after a minute at most."""
-    end = time.monotonic() + 60
-    while not all(gone(process) for process in processes) and time.monotonic() < end:
-        time.sleep(0.05)
-    return [gone(process) for process in processes]
-
-
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_nothing_is_left_of_a_run_that_is_ended_from_outside(sign):
     command = [sys.executable, "-c", HOLD]
@@ -106,7 +89,7 @@ def test_nothing_is_left_of_a_run_that_is_ended_from_outside(sign):
         processes = [int(word) for word in run.stdout.readline().split()]
         assert [gone(process) for process in processes] == 4 * [False]
         run.send_signal(sign)
-    assert end_of(processes) == 4 * [True]
+    assert gone_soon(processes) == 4 * [True]
 
 
 def test_what_had_only_just_started_when_its_starter_was_killed_ends_too(tmp_path):
@@ -120,4 +103,4 @@ def test_what_had_only_just_started_when_its_starter_was_killed_ends_too(tmp_pat
             process = int(starter.stdout.readline())
             assert not gone(process)
             starter.kill()
-        assert end_of([process]) == [True]
+        assert gone_soon([process]) == [True]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import gone, gone_soon
+
 ROOT = Path(__file__).resolve().parents[2]
 CODE = """
 import sys
@@ -32,13 +34,6 @@ elif then == "terminate":
 """
 
 
-def gone(process):
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("context", ["fork", "forkserver"])
 @pytest.mark.parametrize(
@@ -59,7 +54,4 @@ def test_they_outlive_a_sigterm_that_is_not_their_parent_s_but_never_their_paren
         output, errors = parent.communicate("\n", timeout=60)
     if said is not None:
         assert (parent.returncode, output.split(), errors) == (0, said, "")
-    end = time.monotonic() + 30
-    while not all(gone(process) for process in processes) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert [gone(process) for process in processes] == [True, True]
+    assert gone_soon(processes) == [True, True]

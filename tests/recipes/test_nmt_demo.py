@@ -20,6 +20,7 @@ from recipes.embedded.processes import Command, ProcessFailed, run_all
 from recipes.embedded.progress import Progress, clock
 from recipes.embedded.report import table
 from recipes.embedded.steps import StepError
+from tests.processes import gone
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,15 +53,6 @@ def wait_for(condition, seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
-
-
-def gone(pid: int) -> bool:
-    """No such process, or one that has ended and only waits to be collected by whoever adopted it."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return True
-    return state == "Z"
 
 
 # the corpus
