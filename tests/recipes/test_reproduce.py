@@ -22,6 +22,7 @@ from recipes.embedded.reproduce.figures import (
     BOX,
     FIGURES,
     GOYAL,
+    GROWN,
     PEERS,
     PEERS_CONSTANT,
     PEERS_T,
@@ -364,14 +365,15 @@ def test_a_diverged_training_is_told_and_keeps_no_page_from_being_written(tmp_pa
 def test_a_figure_shows_its_own_seeds_alone_and_the_best_of_a_sweep_is_named(tmp_path):
     folder = tmp_path / "reproduction"
     folder.mkdir()
-    nlls = {(1.0, 0.5): 4.9, (1.0, 1.0): 4.7, (1.0, 2.0): 4.8, (1.1, 0.25): 4.6, (1.1, 0.5): 4.7, (1.1, 1.0): 4.7}
-    cells = {replace(PEERS_T, growth=growth, alpha=alpha): nll for (growth, alpha), nll in nlls.items()}
+    nlls = dict(zip(GROWN[1.0], (5.0, 4.9, 4.7, 4.8), strict=True)) | dict(
+        zip(GROWN[1.1], (4.6, 4.7, 4.7, 4.7), strict=True)
+    )
     write_runs(
-        folder, {cell: {"valid_nll": [nll, nll + 0.1, nll + 0.2]} for cell, nll in cells.items()}, seeds=(1, 2, 7)
+        folder, {cell: {"valid_nll": [nll, nll + 0.1, nll + 0.2]} for cell, nll in nlls.items()}, seeds=(1, 2, 7)
     )
     assert main(["--page-only", "--out", str(tmp_path)]) == 0
     page = (tmp_path / "reproduction.md").read_text(encoding="utf-8")
-    assert "best: γ = 1.1, alpha 0.25, the least tried; best: alpha 1 |" in page
+    assert "best: γ = 1.1, alpha 0.125, the least tried; best: alpha 1 |" in page
     assert "| γ = 1, alpha 1 | validation NLL (bits per subword) | 4.750 ± 0.635 | 1 2 (not run: 0) |" in page
 
 

@@ -113,7 +113,11 @@ _OFTEN = (0.5, 1.0, 2.0, 4.0)
 _OFTEN_T = (0.25, 0.5, 1.0)
 _RATES = (0.5, 1.0, 2.0, 4.0)
 ALPHAS = (0.25, 0.5, 1.0, 2.0, 4.0)
-STARTS = {1.0: (0.5, 1.0, 2.0), 1.1: (0.25, 0.5, 1.0), 1.5: (0.0005, 0.002, 0.008)}  # growth: alpha at the start
+STARTS = {  # growth: alpha at the start
+    1.0: (0.25, 0.5, 1.0, 2.0),
+    1.1: (0.125, 0.25, 0.5, 1.0),
+    1.5: (0.0005, 0.002, 0.008, 0.032),
+}
 
 
 def _pair(metric: str, one: Cell, other: Cell) -> Curves:
