@@ -55,6 +55,7 @@ _LOOKS: tuple[tuple[str, Any, str], ...] = (  # colour (of unlike brightness), d
 _LETTER_INCHES, _HANDLE_INCHES = 0.085, 0.6  # of the legend
 _MARKS = 8  # on a line
 _ACROSS = 3  # panels
+_UPRIGHT = 8  # numbers below a panel that have room side by side
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,8 @@ def _draw_panel(axes: Any, panel: Panel, names: Sequence[str]) -> None:
         edge = min(heights) if panel.span > 0 else max(heights)
         axes.set_ylim(sorted((edge - 0.05 * panel.span, edge + panel.span)))
     if panel.ticks:
-        axes.set_xticks(list(panel.ticks), list(panel.ticks.values()))
+        crowded = len(panel.ticks) > _UPRIGHT
+        axes.set_xticks(list(panel.ticks), list(panel.ticks.values()), rotation=45 if crowded else 0)
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
 
