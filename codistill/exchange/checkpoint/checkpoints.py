@@ -7,8 +7,6 @@ are too stale, and training goes on.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +20,7 @@ from codistill.exchange.checkpoint.fetcher import NEWEST, Fetcher, Wish
 from codistill.exchange.checkpoint.joining import Joining
 from codistill.exchange.checkpoint.neighbours import Neighbours
 from codistill.exchange.checkpoint.peer_modules import InUse, PeerModules, held_before
+from codistill.exchange.checkpoint.private_folder import PrivateFolder
 from codistill.exchange.checkpoint.uptake import Uptake
 from codistill.exchange.membership import Identity
 from codistill.exchange.protocol import OnCopy, Position
@@ -58,7 +57,7 @@ class CheckpointExchange:
         self._config, self._workers, self._save_dir = config, workers, save_dir
         self._state, self._incidents = state, incidents
         self._topology = Topology(config.topology, peer=config.peer, peers=config.peers, seed=config.run_id)
-        self._folder = Path(tempfile.gettempdir())
+        self._folder: Optional[PrivateFolder] = None
         self._architectures = architectures
         self._publisher: Optional[Publisher] = None
         self._fetcher: Optional[Fetcher] = None
@@ -103,7 +102,7 @@ class CheckpointExchange:
                 self._fetcher = joining.fetcher(identity, self._architectures, self._topology)
 
         self._workers.together(enter)
-        self._uptake.reads_from(self._folder, self._fetcher)
+        self._uptake.reads_from(self._folder.path, self._fetcher)
         if self._guide is not None:
             self._neighbours = Neighbours(self._config, self._topology, self._guide.presence)
         self._take_up_again(update)
@@ -232,7 +231,8 @@ class CheckpointExchange:
             self._publisher.close(max(0.0, seconds), ended=ended)
         if self._fetcher is not None:
             self._fetcher.close(seconds=1.0)
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder is not None:
+            self._folder.remove()
 
     def _take_up_again(self, update: int) -> None:
         """After a resume: fetch exactly what was in use; without sync the newest in place of what is gone."""

@@ -6,8 +6,7 @@ workers together. A store that does not answer is an incident: joining is tried 
 
 from __future__ import annotations
 
-import shutil
-import tempfile
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Optional
@@ -15,6 +14,7 @@ from typing import Any, Optional
 from codistill.config import CodistillConfig, ConfigError, flag
 from codistill.exchange.checkpoint.architectures import Architectures
 from codistill.exchange.checkpoint.fetcher import Fetcher
+from codistill.exchange.checkpoint.private_folder import PrivateFolder
 from codistill.exchange.errors import ExchangeError, StorageError
 from codistill.exchange.membership import Identity, Membership, owner_token
 from codistill.exchange.objects import Objects, without_credentials
@@ -31,7 +31,7 @@ class Joining:
     """One worker's way into the run.
 
     Attributes:
-        folder: private folder of this peer on this machine, for its fetcher's files.
+        folder: for the files of this machine's fetcher.
     """
 
     def __init__(self, config: CodistillConfig, workers: Workers, save_dir: Path, incidents: Incidents) -> None:
@@ -45,8 +45,8 @@ class Joining:
         self._token = ""
         self._opened: Optional[RunStore] = None
         workers.together(self._prepare)
-        [number] = workers.share([int(self._token[:15] or "0", 16)])
-        self.folder = Path(tempfile.gettempdir()) / f"codistill-{number:015x}"
+        owner, start = workers.share([int(self._token[:15] or "0", 16), secrets.randbits(60)])
+        self.folder = PrivateFolder(owner, workers.fetcher, start)
 
     def publisher(
         self,
@@ -93,15 +93,14 @@ class Joining:
         Raises:
             ConfigError: there is no writable folder.
         """
-        shutil.rmtree(self.folder, ignore_errors=True)  # left by a killed predecessor with our token
         try:
-            self.folder.mkdir(mode=0o700)
+            self.folder.make()
         except OSError as error:
-            raise ConfigError(f"{self.folder}: {error.strerror}; name a writable folder with TMPDIR") from None
+            raise ConfigError(f"{self.folder.path}: {error.strerror}; name a writable folder with TMPDIR") from None
         watches = self._workers.first and not topology.reads_all
         fetcher = Fetcher(
             self._store,
-            self.folder,
+            self.folder.path,
             topology.readers,
             architectures.template,
             self._config.dtype,

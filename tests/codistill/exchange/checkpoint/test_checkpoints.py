@@ -56,7 +56,7 @@ for update in range(400):
     if update > 20 and update % 2 == 0 and codistiller._workers.minimum([len(history[-1])]) == [1]:
         break
 answer = {"history": history, "failures": failures, "causes": dict(codistiller._incidents.counts),
-          "folder": str(codistiller._exchange._folder), "peers": codistiller.metrics()["peers"]}
+          "folder": str(codistiller._exchange._folder.path), "peers": codistiller.metrics()["peers"]}
 codistiller.close()
 answer["left"] = [str(path) for path in Path(tempfile.gettempdir()).iterdir()]
 """
@@ -266,7 +266,7 @@ def test_a_snapshot_that_cannot_be_read_on_this_machine_is_left_out(peers):
     first.step()
     exchange = first.codistiller._exchange
     manifest = until(lambda: exchange._fetcher.found(1))
-    file = exchange._folder / f"{manifest.sha256}.safetensors"
+    file = exchange._folder.path / f"{manifest.sha256}.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     first.step_until(lambda: first.causes())
     first.step(2)

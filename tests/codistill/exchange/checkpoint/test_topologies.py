@@ -215,7 +215,7 @@ def test_what_a_peer_asks_of_the_store_does_not_grow_with_the_run(peers, monkeyp
     assert len(polls) >= intervals  # it did look
     assert reads * intervals / 2 <= store.downloads <= 2 * reads * intervals
     assert peer.metrics()["peers"] == reads
-    machine = peer.codistiller._exchange._folder
+    machine = peer.codistiller._exchange._folder.path
     assert len(list(machine.glob("*.safetensors"))) <= 2 * reads * fetcher.FILES_PER_PEER
 
 
