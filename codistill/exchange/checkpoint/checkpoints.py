@@ -240,9 +240,13 @@ class CheckpointExchange:
         if before:
             self._fetch_now({peer: Wish.of(used.proposal) for peer, used in before.items()}, update)
             self._modules.date_back(before)
-            if not self._config.sync and self._any_lacking():
-                self._fetch_now(dict.fromkeys(self._lacking(), NEWEST), update)
-        for peer in self._lacking():
+        lacking = self._lacking()
+        if lacking and not self._config.sync:
+            self._fetch_now(dict.fromkeys(lacking, NEWEST), update)
+            lacking = self._lacking()
+        for peer in lacking:
+            if before[peer].staleness(update) > self._config.staleness_bound:
+                continue  # it was not learnt from any more
             [gone] = self._workers.share([self._guide is not None and self._guide.hopeless(peer)])
             self._miss(peer, before[peer].proposal.reference.update, update, gone=bool(gone))
         if self._config.sync:
@@ -265,13 +269,10 @@ class CheckpointExchange:
         self._take_up(update, patient=True)
 
     def _lacking(self) -> list[int]:
-        """The peers that a checkpoint says were in use and that are not."""
-        return [peer for peer in sorted(self._before) if self._modules.held(peer) is None]
-
-    def _any_lacking(self) -> bool:
-        """Whether worker 0 lacks any: the others must know before they meet again."""
-        [lacking] = self._workers.share([bool(self._lacking())])
-        return bool(lacking)
+        """The peers that a checkpoint says were in use and that are not, on some worker: all must meet as often."""
+        before = sorted(self._before)
+        held = self._workers.minimum([self._modules.held(peer) is not None for peer in before])
+        return [peer for peer, by_all in zip(before, held, strict=True) if not by_all]
 
     def _require_next(self, update: int) -> None:
         """Sync mode: a peer that is past our next boundary must still have the snapshot it published there."""

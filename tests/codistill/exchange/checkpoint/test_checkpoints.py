@@ -99,6 +99,30 @@ else:
 """
 
 
+RESUMED = """
+from pathlib import Path
+import torch
+from codistill import CodistillConfig, Codistiller
+
+def build():
+    if rank == FAILING and not failed:
+        failed.append(True)
+        raise MemoryError("on purpose")
+    return torch.nn.Linear(3, 2)
+
+failed = []
+config = CodistillConfig(dir=FOLDER + "/store", run_id="run", interval=2, timeout=5.0)
+codistiller = Codistiller(config, model=torch.nn.Linear(3, 2), build_peer=build, fingerprint="f" * 64,
+                          save_dir=Path(FOLDER))
+codistiller.load_state_dict({"update": 12, "run_id": "run", "init_hash": "1" * 64, "in_use": IN_USE})
+for update in range(12, 20):
+    codistiller.begin_update(update, 1)
+answer["causes"] = dict(codistiller._incidents.counts)
+answer["peers"] = codistiller.metrics()["peers"]
+codistiller.close()
+"""
+
+
 def linear(seed):
     torch.manual_seed(seed)
     return nn.Linear(3, 2).state_dict()
@@ -130,6 +154,18 @@ def test_when_a_worker_is_lost_the_exchange_ends_and_training_goes_on(tmp_path):
     Writer(RunStore(Objects(str(tmp_path / "store")), RUN)).announce(None)
     first, _ = data_parallel(tmp_path, LOST.replace("FOLDER", repr(str(tmp_path))))
     assert first == {"causes": {"workers": 1}, "active": False}
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_workers_that_resume_meet_as_often_though_one_alone_cannot_take_up_what_was_in_use(tmp_path, failing):
+    manifest = Writer(RunStore(Objects(str(tmp_path / "store")), RUN)).publish(linear(1), 10)
+    in_use = references(1, 10)
+    in_use["1"]["sha256"] = manifest.sha256
+    constants = f"FOLDER, FAILING, IN_USE = {str(tmp_path)!r}, {failing}, {in_use!r}\n"
+    answers = data_parallel(tmp_path, constants + RESUMED)
+    assert answers[failing]["causes"].pop("internal") == 1
+    assert [answer["causes"] for answer in answers] == [{"gone": 1}, {}]
+    assert answers[1 - failing]["peers"] == 1
 
 
 def references(peer, in_use):
