@@ -94,7 +94,7 @@ class CheckpointExchange:
 
         def enter() -> None:
             if self._workers.first:
-                floor = self._needed_from(update)
+                floor = self._needed_from(update, self._before)
                 self._publisher = joining.publisher(
                     identity, terms, floor, self._lowest_floor, on_copy, anew=update == 0
                 )
@@ -161,11 +161,16 @@ class CheckpointExchange:
     def set_floor(self, update: int) -> None:
         """A checkpoint of `update` is on disk: that is where a restart would begin."""
         if self._publisher is not None:
-            self._publisher.set_floor(self._needed_from(update))
+            self._publisher.set_floor(self._needed_from(update, self._modules.in_use(update)))
 
-    def _needed_from(self, update: int) -> int:
-        """The boundary whose snapshots are in use when update `update` ends: the next boundary comes after it."""
-        return max(0, update - 1) // self._config.interval * self._config.interval
+    def _needed_from(self, update: int, used: Mapping[int, InUse]) -> int:
+        """The oldest snapshots that a restart at `update` takes up again.
+
+        Those of the boundary before, since the next one comes after `update`; and of a peer that was late then, the one
+        that is still `used`. A final one stays where it is.
+        """
+        boundary = max(0, update - 1) // self._config.interval * self._config.interval
+        return min([boundary, *(one.proposal.reference.update for one in used.values() if not one.proposal.final)])
 
     @property
     def counters(self) -> dict[str, int]:

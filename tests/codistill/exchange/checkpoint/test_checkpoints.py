@@ -249,6 +249,24 @@ def test_the_resume_floor_is_the_boundary_whose_snapshots_a_checkpoint_uses(peer
         until(lambda floor=floor: told() == floor)
 
 
+def test_the_resume_floor_is_lower_while_a_peer_that_was_late_is_known_by_an_older_snapshot(peers, tmp_path):
+    writer = Writer(RunStore(Objects(str(tmp_path / "store")), RUN))
+    writer.publish(peers(1).model.state_dict(), 2)
+    peer = peers(0, sync=True, timeout=0.3, max_staleness=4)
+    latest = tmp_path / "store" / RUN / "peers" / "0" / "latest.json"
+
+    def told(key):
+        return json.loads(latest.read_text())[key]
+
+    for update, floor in ((4, 2), (6, 2), (9, 8)):  # after update 6 the snapshot of update 2 is too stale
+        peer.step(update - peer.update)
+        peer.codistiller.checkpoint_saved(update)
+        before = told("heartbeat")
+        until(lambda before=before: told("heartbeat") > before + 1)
+        assert told("resume_floor") == floor
+    assert peer.causes() == {"late": 3}
+
+
 def test_a_module_that_cannot_be_built_leaves_that_peer_out(peers):
     first, second = peers(0), peers(1)
 
