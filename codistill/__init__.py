@@ -25,6 +25,7 @@ _HOMES = {
     "flag": "codistill.config",
     "kept_items": "codistill.data",
     "shard": "codistill.data",
+    "spare_loaders": "codistill.loader_processes",
     "untouched_generators": "codistill.random_state",
 }
 __all__ = sorted([*_HOMES, "__version__"])

@@ -245,7 +245,11 @@ class Codistiller:
             self._exchange.set_floor(update)
 
     def finish(self, update: int) -> None:
-        """Training has ended normally after `update` updates: publish the final snapshot and stop, within `timeout`."""
+        """Training has ended normally after `update` updates: publish the final snapshot and stop, within `timeout`.
+
+        Raises:
+            ExchangeFailed: after trouble, with `on_error` "fail".
+        """
         if self._update is None:
             return
         self._update = update
@@ -257,6 +261,7 @@ class Codistiller:
         self._measure(update)  # unless a copy was: nothing has to wait for it any more
         self._report(update)
         self.close()
+        self._incidents.check()
 
     def close(self) -> None:
         """Stop what runs in the background; safe to call twice, and at any time."""

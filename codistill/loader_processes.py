@@ -20,7 +20,10 @@ _host_loop = worker._worker_loop  # torch's own, in every process: it is replace
 
 
 def spare_loaders() -> None:
-    """From now on, of every DataLoader in this process; again changes nothing."""
+    """From now on the processes of every DataLoader of this one outlive a SIGTERM that others send them.
+
+    A `Codistiller` calls it; call it yourself where loading begins before there is one. Again it changes nothing.
+    """
     worker._worker_loop = _loop
 
 

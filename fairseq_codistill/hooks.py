@@ -7,11 +7,12 @@ that ends without it, or by `--stop-time-hours`, leaves its last snapshot not ma
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, Optional
@@ -22,8 +23,7 @@ from fairseq.logging import metrics
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from codistill import CodistillConfig, Codistiller, ConfigError, ExchangeFailed, WeightDecay, shard
-from codistill.loader_processes import spare_loaders
+from codistill import CodistillConfig, Codistiller, ConfigError, ExchangeFailed, WeightDecay, shard, spare_loaders
 from fairseq_codistill.architectures import architecture, build_unlike
 from fairseq_codistill.average import Average
 from fairseq_codistill.sampling import TrainingData, end_loaders
@@ -93,12 +93,9 @@ class TaskHooks:
         if self._average is not None:
             self._average.ask(update_num)
             extra = self._average.take(extra)
-        try:
+        with _ended_by_one_line():
             self._begin_update(model, optimizer)
             self._begin_batch()
-        except (ConfigError, ExchangeFailed) as error:
-            end_loaders()
-            raise SystemExit(str(error)) from None
         return self._host_train_step(
             sample=sample,
             model=model,
@@ -167,7 +164,8 @@ class TaskHooks:
         through = updates >= (options.max_update or math.inf) or self.epoch >= (options.max_epoch or math.inf)
         if options.stop_time_hours > 0 and not through:
             self.codistiller.close()  # more is to come: nothing is final yet
-        else:
+            return
+        with _ended_by_one_line():
             self.codistiller.finish(updates)
 
     def _build_peer(self, model: nn.Module) -> nn.Module:
@@ -236,6 +234,16 @@ def _when_done(act: Callable[[], None]) -> None:
         host_info(message, *arguments, **{**how, "stacklevel": how.get("stacklevel", 1) + 1})
 
     log.info = info  # type: ignore[assignment, method-assign]
+
+
+@contextlib.contextmanager
+def _ended_by_one_line() -> Iterator[None]:
+    """End the process with what the run cannot be joined or go on for."""
+    try:
+        yield
+    except (ConfigError, ExchangeFailed) as error:
+        end_loaders()
+        raise SystemExit(str(error)) from None
 
 
 def _placed(module: nn.Module, model: nn.Module) -> nn.Module:

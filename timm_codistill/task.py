@@ -20,8 +20,7 @@ from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from codistill import CodistillConfig, Codistiller, ConfigError, WeightDecay, flag
-from codistill.loader_processes import spare_loaders
+from codistill import CodistillConfig, Codistiller, ConfigError, WeightDecay, flag, spare_loaders
 from timm_codistill import architectures
 from timm_codistill.coordinated import Sampling
 from timm_codistill.data import fingerprint, offset_sampler, seed_offset

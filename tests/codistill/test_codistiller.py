@@ -720,6 +720,25 @@ def test_a_run_that_shall_fail_on_trouble_ends_with_one_line(peers):
     )
 
 
+def test_trouble_with_the_final_snapshot_ends_such_a_run_with_one_line_too(peers, tmp_path):
+    first, second = pair(peers, on_error="fail", timeout=1.0)
+    both_in_use(first, second)
+    second.codistiller.close()
+    put_a_file_in_the_place_of(tmp_path / "store")
+    with pytest.raises(ExchangeFailed, match="ended by --codistill-on-error fail"):
+        first.codistiller.finish(first.update)
+    (tmp_path / "store").unlink()
+
+
+def test_a_process_that_was_replaced_and_still_runs_keeps_its_files_and_leaves_its_successors(peers, quick_exchange):
+    first, second = peers(0), peers(0)
+    first.step()
+    second.step()
+    assert len(list(quick_exchange.iterdir())) == 2
+    first.codistiller.close()
+    assert list(quick_exchange.iterdir()) == [second.codistiller._exchange._folder.path]
+
+
 def test_a_snapshot_that_vanishes_from_the_machine_does_not_end_the_exchange(peers):
     first, second = pair(peers, max_staleness=10**6)
     both_in_use(first, second)
@@ -728,7 +747,7 @@ def test_a_snapshot_that_vanishes_from_the_machine_does_not_end_the_exchange(pee
         first.step()
     second.step(4)
     manifest = until(lambda: (found := exchange._fetcher.found(1)) and found.update > taken_up(first) and found)
-    snapshot_file(exchange._folder, manifest.sha256).unlink()
+    snapshot_file(exchange._folder.path, manifest.sha256).unlink()
     first.step()
     until(lambda: first.step_until(lambda: taken_up(first) >= manifest.update) or True)
     newest = taken_up(first)
