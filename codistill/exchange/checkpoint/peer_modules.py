@@ -102,7 +102,8 @@ class PeerModules:
                 with torch.no_grad():
                     logits = forward(self._modules[peer])
                     found[peer] = logits.clone() if _place(logits) in self._places[peer] else logits
-            except Exception as error:  # no memory for it, say
+            except Exception as error:  # no memory for it, say: ours must have what it took
+                del self._modules[peer]
                 self._leave_out(self._held[peer].proposal, error)
         return found
 

@@ -1,5 +1,8 @@
 """Modules of peers: as few as peers are learnt from, handed on to new neighbours, and never fresher than they are."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -139,6 +142,19 @@ def test_what_failed_is_not_worth_another_try_and_if_tried_as_stale_as_it_was(ke
     assert swap(good, 3, 22)[0]
     assert kept.modules.held(1).staleness(22) == 0
     assert first not in kept.modules.tried(1)
+
+
+def test_a_module_that_cannot_predict_gives_its_memory_back(kept):
+    kept.take(1, 10)
+    modules = []
+
+    def failing(module):
+        modules.append(weakref.ref(module))
+        raise torch.OutOfMemoryError("on purpose")
+
+    assert kept.modules.predictions(failing, 12) == {}
+    gc.collect()
+    assert [module() for module in modules] == [None]
 
 
 def test_what_a_module_keeps_beside_its_tensors_does_not_keep_its_peer_out():
