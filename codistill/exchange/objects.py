@@ -126,7 +126,8 @@ class Objects:
 
         Raises:
             Refused: "size" unless the object has exactly `size` bytes; nothing is read then.
-            StorageError: When the store, or writing the file, fails. No file is left behind.
+            StorageError: When the store fails. No file is left behind, nor after an OSError.
+            OSError: When the file cannot be written.
         """
         there = self.size(key)
         if there is None:
@@ -134,7 +135,7 @@ class Objects:
         if there != size:
             raise Refused("size", f"{key}: {there} bytes, not {size}")
         digest = hashlib.sha256()
-        with self._failing("downloading", key, absent=True), path.open("wb") as file:
+        with path.open("wb") as file:
             whole = False
             try:
                 for start in range(0, size, CHUNK):

@@ -292,7 +292,7 @@ class TestFolder:
     def test_a_machine_without_room_for_a_snapshot_keeps_no_half_of_it(self, disk, tmp_path):
         objects = Objects(str(tmp_path / "elsewhere"))
         objects.put("key", bytes(2**22))
-        with pytest.raises(StorageError, match=r"downloading .*/key failed: .*No space left on device"):
+        with pytest.raises(OSError, match="No space left on device"):
             objects.download("key", disk / "file", size=2**22)
         assert list(disk.iterdir()) == []
         objects.put("key", bytes(2**20))
