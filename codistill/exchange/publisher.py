@@ -22,7 +22,7 @@ from torch import Tensor
 from codistill.config import CodistillConfig
 from codistill.exchange.errors import ExchangeError, Refused
 from codistill.exchange.heartbeat import Heartbeat
-from codistill.exchange.manifest import RETAINED, Latest, Manifest, Reference
+from codistill.exchange.manifest import RETAINED, Manifest, Reference
 from codistill.exchange.membership import Identity, Membership
 from codistill.exchange.protocol import OnCopy
 from codistill.exchange.snapshot import HostBuffer
@@ -266,14 +266,13 @@ class Publisher:
         while self._abandoned:
             self._store.discard(self._abandoned[0])
             del self._abandoned[0]
-        before, self._membership.before = self._membership.before, None
-        if before is not None:
-            self._sweep(before)
+        if self._membership.before is not None:
+            self._membership.before = None
+            self._sweep()
 
-    def _sweep(self, before: Latest) -> None:
+    def _sweep(self) -> None:
         """Delete what killed predecessors left half-written: tried once, and no incident where a store cannot list."""
-        oldest = min([before.incarnation, *(reference.incarnation for reference in before.retained)])
-        earlier = range(max(oldest, self._membership.incarnation - SWEPT), self._membership.incarnation)
+        earlier = range(max(1, self._membership.incarnation - SWEPT), self._membership.incarnation)
         try:
             self._store.sweep(self._config.peer, earlier, self._word.latest().retained)
         except ExchangeError as error:

@@ -375,6 +375,15 @@ def test_what_a_killed_predecessor_left_half_written_is_swept_and_what_is_in_use
         assert objects.exists(f"{RUN}/peers/0/{reference.incarnation}/{manifest.payload}")
 
 
+def test_what_a_start_left_is_swept_though_the_one_after_it_published_nothing(publishers, objects):
+    orphan = f"{RUN}/peers/0/1/6-{'e' * 16}.safetensors"
+    for _ in range(2):
+        publishers(objects).close(5, ended=False)
+        objects.inner.put(orphan, b"half-written")
+    publish(publishers(objects), 6)
+    until(lambda: not objects.exists(orphan))
+
+
 def test_weights_that_cannot_be_copied_are_an_incident(publishers, objects):
     incidents = Incidents(fatal=False)
     publisher = publishers(objects, incidents=incidents)
