@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from recipes.embedded.vision.settings import Training as VisionTraining
 
 PLACE, QUICK = Place(Path("data")), Place(Path("data"), quick=True)
 CELLS = list(dict.fromkeys(cell for figure in FIGURES for cell in figure.cells()))
+DOCS = Path(__file__).parents[2] / "docs"
 BY_KEY = {figure.key: figure for figure in FIGURES}
 
 
@@ -243,6 +245,15 @@ def test_the_interval_is_students():
     assert judged.p == pytest.approx(0.00662, rel=1e-2)
 
 
+def test_sums_of_which_two_share_a_seed_have_a_wider_interval():
+    part = Part("", (Term(1.0, "churn", (PEERS,)),), "above")
+    judged, independent = (decide(one, [1.0, 2.0, 3.0, 4.0, 5.0]) for one in (part, PART))
+    width, narrower = judged.high - judged.mean, independent.high - independent.mean
+    assert width / narrower == pytest.approx(math.sqrt(2 / 0.75))  # twice the variance, of which a quarter is not seen
+    assert judged.p > independent.p
+    assert decide(part, [1.0, 1.0]).verdict == "undecided"  # of two seeds both differences are the same
+
+
 def test_differences_are_taken_seed_by_seed_over_the_seeds_that_all_have():
     measured = {(PEERS.slug, "top1"): {0: 91.0, 1: 81.0, 2: 71.0}, (REDUCE.slug, "top1"): {1: 80.0, 2: 70.5, 3: 1.0}}
     judged = judge(PART, measured)
@@ -331,6 +342,25 @@ def test_the_page_follows_from_the_numbers_alone(tmp_path):
     pictures = [line.partition("](")[2].rstrip(")") for line in lines if line.startswith("![")]
     assert {"reproduction/figure-2.png", "reproduction/figure-12.png"} <= set(pictures)
     assert (tmp_path / pictures[0]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_in_docs_is_what_its_numbers_say(tmp_path):
+    shutil.copytree(DOCS / "reproduction", tmp_path / "reproduction", ignore=shutil.ignore_patterns("*.png"))
+    assert main(["--page-only", "--out", str(tmp_path)]) == 0
+    written = (tmp_path / "reproduction.md").read_text(encoding="utf-8")
+    assert written == (DOCS / "reproduction.md").read_text(encoding="utf-8")
+    drawn = {path.name for path in (tmp_path / "reproduction").glob("*.png")}
+    assert drawn == {path.name for path in (DOCS / "reproduction").glob("*.png")}
+
+
+def test_what_was_found_is_not_said_of_other_results(tmp_path):
+    folder = tmp_path / "reproduction"
+    folder.mkdir()
+    write_runs(folder, {REDUCE: {"top1": [97.0, 96.0, 98.0]}})
+    assert main(["--page-only", "--out", str(tmp_path)]) == 0
+    page = (tmp_path / "reproduction.md").read_text(encoding="utf-8")
+    assert "## What came of it" not in page
+    assert "Searched (means over two seeds of their own):" in page  # the settings are the same
 
 
 def test_numbers_that_are_older_than_a_metric_can_still_be_read(tmp_path):

@@ -29,7 +29,7 @@ class Sweep:
 
     Args:
         metric: at the end of a training.
-        lines: points by name, x increasing; a quick run trains the one with the largest x, by its size, of each.
+        lines: points by name, x increasing.
         x: what is varied.
         levels: cells that do not vary, as level lines.
         title: tells two panels of a figure apart.
@@ -72,9 +72,9 @@ class Figure:
     panels: Sequence[Curves | Sweep | Numbers]
     seeds: Sequence[int] = SEEDS
 
-    def cells(self, quick: bool = False) -> list[Cell]:
+    def cells(self) -> list[Cell]:
         """What has to be trained for it, each once."""
-        return list(dict.fromkeys(cell for panel in self.panels for cell in _cells(panel, quick)))
+        return list(dict.fromkeys(cell for panel in self.panels for cell in _cells(panel)))
 
     def shown(self) -> set[tuple[Cell, str]]:
         """Cells and metrics that it shows."""
@@ -87,13 +87,12 @@ class Figure:
         return found
 
 
-def _cells(panel: Curves | Sweep | Numbers, quick: bool = False) -> list[Cell]:
+def _cells(panel: Curves | Sweep | Numbers) -> list[Cell]:
     if isinstance(panel, Curves):
         return list(panel.lines.values())
     if isinstance(panel, Numbers):
         return [cell for _, cell, _ in panel.rows]
-    points = [[max(line, key=lambda point: abs(point[0]))] if quick else line for line in panel.lines.values()]
-    return [*panel.levels.values(), *(cell for line in points for _, cell in line)]
+    return [*panel.levels.values(), *(cell for line in panel.lines.values() for _, cell in line)]
 
 
 REDUCE, PEERS = Cell("resnet", "all_reduce"), Cell("resnet", "codistill")

@@ -1,7 +1,8 @@
 """Writes the page: every figure with its picture, numbers and command, every claim with its verdict.
 
-The text is reproduction.in.md; a line `[[NAME]]` in it becomes a table or a list of sections. All numbers come from the
-CSV files that `results` reads; nothing is trained. What has not been run is said.
+The text is reproduction.in.md, and findings.md if there is one beside the results; a line `[[NAME]]` in it becomes a
+table or a list of sections. All numbers come from the CSV files that `results` reads; nothing is trained. What has not
+been run is said.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from recipes.embedded.reproduce.verdicts import Judgement, Part, Verdict, judge,
 
 NAME = "reproduction"
 TEXT = Path(__file__).with_name("reproduction.in.md")
+FINDINGS = "findings.md"  # what somebody has read off the results beside it
 RECIPES = Path(__file__).parents[2]
+SEARCHED = RECIPES.parent / "docs" / NAME / search.NAME  # which the settings in this repository are from
 COMMAND = "make reproduce"
 QUICK = "**A quick run: one seed and a few updates of everything. It shows that all of it works, and nothing else.**"
 DIGITS = {"top1": 1, "ensemble_top1": 1, "averaged_top1": 1, "again_top1": 1, "churn": 1, "distance": 2}
@@ -36,11 +39,13 @@ def write(out: Path, found: Results, *, quick: bool = False) -> None:
     drawn = {figure.key for figure in FIGURES if pictures.draw(folder / f"figure-{figure.key}.png", figure, found)}
     judged = {claim.key: [judge(part, found.ends) for part in claim.parts] for claim in CLAIMS}
     verdicts = {key: together([one.verdict for one in parts]) for key, parts in judged.items()}
+    findings, searched = folder / FINDINGS, folder / search.NAME
     parts = {
         "so_far": [QUICK] if quick else _so_far(found),
         "claims": _overview(verdicts, judged),
         "margins": _margins(),
-        "chosen": _chosen(results.read(folder / search.NAME)),
+        "findings": [findings.read_text("utf-8")] if findings.exists() and not quick else [],
+        "chosen": _chosen(results.read(searched if searched.exists() else SEARCHED)),
         "figures": (line for figure in FIGURES for line in _figure(figure, found, judged, figure.key in drawn)),
         "parts": (line for claim in CLAIMS for line in _claim(claim, verdicts[claim.key], judged[claim.key])),
     }
@@ -228,8 +233,14 @@ def _probability(p: float) -> str:
 
 
 def _bound(part: Part) -> str:
-    bound = f"{100 * math.expm1(part.bound):g} %" if part.relative else f"{part.bound:g}"
-    return f"within ±{bound}" if part.rule == "within" else f"{part.rule} {bound}"
+    if part.rule == "within":
+        return f"within {_edge(part, -part.bound)} to {_edge(part, part.bound)}"
+    return f"{part.rule} {_edge(part, part.bound)}"
+
+
+def _edge(part: Part, bound: float) -> str:
+    """To the tenth: a tenth more is alike as a logarithm, and so is what that is a tenth more than: 9.1 % less."""
+    return f"{round(100 * math.expm1(bound), 1):g} %" if part.relative else f"{bound:g}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

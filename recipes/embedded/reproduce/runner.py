@@ -87,7 +87,7 @@ def runs_of(figures: Iterable[Figure], place: Place) -> list[Run]:
     found: dict[tuple[Cell, int], Run] = {}
     for figure in figures:
         for seed in figure.seeds[:1] if place.quick else figure.seeds:
-            for cell in figure.cells(place.quick):
+            for cell in figure.cells():
                 found.setdefault((cell, seed), Run(cell, seed, f"figure {figure.key}", place.arm(cell, seed)))
     return list(found.values())
 

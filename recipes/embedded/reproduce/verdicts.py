@@ -1,10 +1,10 @@
 """Whether a claim holds here: differences between trainings of the same seeds, judged by one rule.
 
 Every part of a claim is a weighted sum of measured values, taken seed by seed; its mean has a 95 % interval (Student's
-t, the seeds taken as independent). A part *holds* when the whole interval lies where the part says, *does not hold
-here* when the whole interval lies elsewhere, and is *undecided* otherwise, with a single seed too. A claim holds when
-all its parts do, and does not when one of them does not. p is one-sided, against the part: it holds when p is below
-0.025. Nothing is corrected for the number of claims.
+t, the seeds taken as independent, or see `SHARED`). A part *holds* when the whole interval lies where the part says,
+*does not hold here* when the whole interval lies elsewhere, and is *undecided* otherwise, with a single seed too. A
+claim holds when all its parts do, and does not when one of them does not. p is one-sided, against the part: it holds
+when p is below 0.025. Nothing is corrected for the number of claims.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Literal
 
 from scipy import stats
 
-from codistill.plots import half_interval
+from codistill.plots import student_t
 from recipes.embedded.reproduce.settings import MARGINS
 from recipes.embedded.reproduce.trainings import Cell
 
@@ -26,6 +26,9 @@ Rule = Literal["above", "below", "within"]
 Values = Mapping[int, float]  # by seed
 HIGHER_IS_BETTER = ("top1", "ensemble_top1", "averaged_top1", "again_top1", "agreement")
 RELATIVE = ("train_loss",)  # compared as shares
+# Each seed takes part in two of these values, of which two that share a seed correlate by at most a half (Hoeffding
+# 1948, The Annals of Mathematical Statistics 19:293, of symmetric functions of independent variables).
+SHARED = ("churn",)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,11 @@ class Part:
     def relative(self) -> bool:
         """Whether logarithms of the values are summed."""
         return self.terms[0].metric in RELATIVE
+
+    @property
+    def shared(self) -> bool:
+        """Whether each seed takes part in the sums of two."""
+        return self.terms[0].metric in SHARED
 
     @property
     def compared(self) -> set[tuple[Cell, str]]:
@@ -128,10 +136,10 @@ def judge(part: Part, measured: Mapping[tuple[str, str], Values]) -> Judgement:
 def decide(part: Part, sums: Sequence[float]) -> Judgement:
     """Judge a part by its sum from each of one or more seeds."""
     centre = mean(sums)
-    if len(sums) < 2 or not math.isfinite(centre):
+    if len(sums) < (3 if part.shared else 2) or not math.isfinite(centre):
         return Judgement(part, "undecided", len(sums), centre)
-    error, freedom = stdev(sums) / math.sqrt(len(sums)), len(sums) - 1
-    half = half_interval(sums)
+    error, freedom = stdev(sums) / math.sqrt(len(sums)) * _widening(part, len(sums)), len(sums) - 1
+    half = student_t(freedom) * error
     low, high, bound = centre - half, centre + half, part.bound
     over, under = (
         (lambda edge: _tail(centre - edge, error, freedom)),
@@ -152,6 +160,15 @@ def together(verdicts: Sequence[Verdict]) -> Verdict:
         if word in verdicts:
             return "undecided" if word == "not run" and set(verdicts) != {"not run"} else word
     return "holds"
+
+
+def _widening(part: Part, count: int) -> float:
+    """How much larger than of independent sums the standard error can be.
+
+    The variance of the mean doubles when neighbours in the circle of seeds correlate by a half, and the sums' own is
+    then found too small by 1/(count - 1).
+    """
+    return math.sqrt(2 / (1 - 1 / (count - 1))) if part.shared else 1.0
 
 
 def _margin(metric: str) -> float:
