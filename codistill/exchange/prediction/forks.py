@@ -38,7 +38,7 @@ def kept_from_children() -> Iterator[None]:
 def _sockets() -> dict[int, int]:
     """Inodes of this process's internet sockets, by descriptor."""
     found = {}
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), _no_default_timeout():
         for descriptor in map(int, os.listdir("/dev/fd")):
             with contextlib.suppress(OSError):  # no socket, or closed meanwhile
                 one = socket.socket(fileno=descriptor)
@@ -46,6 +46,20 @@ def _sockets() -> dict[int, int]:
                 if one.family in (socket.AF_INET, socket.AF_INET6):
                     found[descriptor] = os.fstat(descriptor).st_ino
     return found
+
+
+@contextlib.contextmanager
+def _no_default_timeout() -> Iterator[None]:
+    """With one Python would make every socket that it looks at non-blocking, for all that use it."""
+    timeout = socket.getdefaulttimeout()
+    if timeout is None:
+        yield
+        return
+    socket.setdefaulttimeout(None)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(timeout)
 
 
 def _let_go() -> None:

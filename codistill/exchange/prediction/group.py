@@ -51,9 +51,11 @@ class Mismatch(ExchangeError):
 
     Attributes:
         front: epoch and batch of the member that is furthest.
+        unlike: the members that differ from us.
     """
 
     front: tuple[int, int] = (0, 0)
+    unlike: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -247,8 +249,10 @@ def _remaining(deadline: float) -> timedelta:
 
 
 def _mismatch(own: Header, theirs: Mapping[int, Header]) -> Mismatch:
-    found = [_difference(own, other, peer) for peer, other in theirs.items() if other != own]
+    unlike = {peer: other for peer, other in theirs.items() if other != own}
+    found = [_difference(own, other, peer) for peer, other in unlike.items()]
     mismatch = Mismatch(found[0][0], "; ".join(text for _, text in found))
+    mismatch.unlike = frozenset(unlike)
     mismatch.front = max((header.epoch, header.batch) for header in (own, *theirs.values()))
     return mismatch
 

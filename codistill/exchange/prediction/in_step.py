@@ -29,6 +29,7 @@ class InStep:
         members: the peers' numbers.
         lost: whether the group is closed.
         apart: whether that was because its members only ever differed.
+        unlike: those that differed from us then.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class InStep:
         """
         self.members = tuple(members)
         self.lost = self.apart = False
+        self.unlike: frozenset[int] = frozenset()
         self._group, self._dtype, self._topk = group, dtype, topk
         self._patience, self._incidents = patience, incidents
         self._last = self._rejoin = Position(0, 0)  # tried last; exchange nothing before
@@ -136,7 +138,7 @@ class InStep:
             self._incidents.report(error.cause, str(error), about=str(self.members))
         self._bad += 1
         if self._bad >= MISMATCHES:
-            self.apart = True
+            self.apart, self.unlike = True, error.unlike
             self._lose("apart", f"{error}; so it was {MISMATCHES} times in a row: these peers go on apart for a while")
 
     def _lose(self, cause: str, message: str) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -80,6 +80,7 @@ class PredictionExchange:
         self._skip_to: Optional[Position] = None
         self._generation = 0
         self._pause = 0.0  # the last back-off
+        self._avoided: dict[int, tuple[float, float]] = {}  # by peer, the last back-off from it, and until when
         self._lost_at, self._ready_from = -math.inf, -math.inf
         self._sent = self._received = 0  # by groups that are no more
         self._over = False
@@ -310,8 +311,18 @@ class PredictionExchange:
             self._pause = 0.0
             return
         if group is not None and group.apart:
+            if len(group.unlike) < len(group.members) - 1:
+                self._avoid(group.unlike)  # and meet those that are like us again, at once
+                return
             self._pause = max(self._pause, BACK_OFF_DIFFERENT / 2)
         self._step_back()
+
+    def _avoid(self, peers: Collection[int]) -> None:
+        """Be in no group with these for a while."""
+        for peer in peers:
+            before, _ = self._avoided.get(peer, (0.0, 0.0))
+            pause = min(max(BACK_OFF_DIFFERENT, 2 * before), BACK_OFF_MOST)
+            self._avoided[peer] = pause, time.monotonic() + pause
 
     def _step_back(self) -> None:
         self._pause = min(max(BACK_OFF, 2 * self._pause), BACK_OFF_MOST)
@@ -344,6 +355,7 @@ class PredictionExchange:
                 forming=forming is not None or (group is not None and not group.met),
                 lost=self._lost_at,
                 ready_from=max(self._ready_from, now + pause if pause else -math.inf),
+                avoided=frozenset(peer for peer, (_, until) in self._avoided.items() if now < until),
                 told=now,
             )
         )

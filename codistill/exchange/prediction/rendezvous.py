@@ -19,7 +19,7 @@ from typing import Any, Optional
 import torch.distributed as dist
 
 from codistill.config import ConfigError
-from codistill.exchange.errors import Refused, StorageError, same_start
+from codistill.exchange.errors import ExchangeError, Refused, StorageError, same_start
 from codistill.exchange.prediction.board import HOST, Board, own_address, serve
 from codistill.exchange.prediction.posts import COUNTED, Post, Proposal, plain_terms
 from codistill.exchange.protocol import Position
@@ -54,6 +54,7 @@ class Standing:
         forming: whether we still try: its members have not met yet.
         lost: when, by our monotonic clock, we lost the last group: what was posted before then tells nothing.
         ready_from: when we want to be in a group; infinite for never.
+        avoided: the peers with which we do not.
         told: when this was said.
     """
 
@@ -65,6 +66,7 @@ class Standing:
     forming: bool
     lost: float
     ready_from: float
+    avoided: frozenset[int]
     told: float
 
 
@@ -203,8 +205,7 @@ class Rendezvous:
                 )
                 return
             self._claim_seen = now
-        for peer in self._others:
-            self._listen(peer)
+        self._listen_to_all()
         standing, now = self._standing, time.monotonic()
         ready = standing is not None and self._is_ready(standing, now)
         self._decide(standing if ready else None, now)
@@ -212,6 +213,19 @@ class Rendezvous:
         if self._proposal is not None:  # now that the others can know of it
             self._offer = self._proposal
         self._reached = time.monotonic()
+
+    def _listen_to_all(self) -> None:
+        """Hear everybody; whose word alone cannot be read is left out, like one whose word makes no sense."""
+        unreadable = {}
+        for peer in self._others:
+            try:
+                self._listen(peer)
+            except StorageError as error:
+                unreadable[peer] = error
+        if len(unreadable) == len(self._others):  # then it is the board
+            raise unreadable[self._others[0]]
+        for peer, trouble in unreadable.items():
+            self._leave_out(peer, 0, trouble)
 
     def _listen(self, peer: int) -> None:
         post: Optional[Post] = None
@@ -221,15 +235,18 @@ class Rendezvous:
             if post is not None:
                 self._judge(post)
         except Refused as error:
-            incarnation = 0 if post is None else post.incarnation
-            if self._refused.get(peer) != (incarnation, error.cause):
-                self._refused[peer] = incarnation, error.cause
-                self._incidents.report(error.cause, f"peer {peer} is left out: {error}", about=str(peer))
-            self._heard.pop(peer, None)
+            self._leave_out(peer, 0 if post is None else post.incarnation, error)
             return
         self._refused.pop(peer, None)
         if post is not None:
             self._heard[peer] = _follow(self._heard.get(peer), post, time.monotonic())
+
+    def _leave_out(self, peer: int, incarnation: int, error: ExchangeError) -> None:
+        """Until its word is better; told once."""
+        if self._refused.get(peer) != (incarnation, error.cause):
+            self._refused[peer] = incarnation, error.cause
+            self._incidents.report(error.cause, f"peer {peer} is left out: {error}", about=str(peer))
+        self._heard.pop(peer, None)
 
     def _judge(self, post: Post) -> None:
         compare_terms(self._run, post.terms, self._terms)
@@ -251,7 +268,10 @@ class Rendezvous:
         ready = {
             peer: heard.post
             for peer, heard in self._heard.items()
-            if heard.post.state == "ready" and now - heard.advanced < PRESENT_SECONDS and heard.before >= standing.lost
+            if heard.post.state == "ready"
+            and now - heard.advanced < PRESENT_SECONDS
+            and heard.before >= standing.lost
+            and peer not in standing.avoided
         }
         alone = not ready and now - max(self._began, standing.lost) > HURRY_SECONDS
         self._settled = alone or (not standing.forming and {self._peer, *ready} <= set(standing.members))

@@ -78,3 +78,15 @@ def test_a_block_that_fails_counts_as_one_that_ends(listen: Callable[[], socket.
         within = listen()
         raise OSError("no more")
     assert held_by_a_child(within.fileno(), listen().fileno()) == [False, True]
+
+
+def test_a_default_time_out_changes_none_of_the_sockets_that_are_looked_at(listen: Callable[[], socket.socket]) -> None:
+    before = listen()
+    socket.setdefaulttimeout(5.0)
+    try:
+        with kept_from_children():
+            pass
+        assert socket.getdefaulttimeout() == 5.0
+        assert os.get_blocking(before.fileno())
+    finally:
+        socket.setdefaulttimeout(None)

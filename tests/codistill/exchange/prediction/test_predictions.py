@@ -191,6 +191,19 @@ def test_peers_with_different_data_train_as_if_they_were_alone(processes, tmp_pa
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+def test_of_three_peers_those_with_the_same_data_go_on_without_the_one_with_other_data(processes, tmp_path):
+    one, other, odd = (
+        processes.job(tmp_path, peer, options={"peers": 3}, data_seed=1 + peer // 2, pause=0.02) for peer in range(3)
+    )
+    for job in (one, other):
+        job.until(lambda job: len(job.exchanged()) > 4 * FEW, 60)
+        assert {record["used"] for record in job.exchanged()} == {1.0}
+    ends = end_all(one, other, odd)
+    assert all(end["causes"]["apart"] >= 1 for end in ends)
+    assert odd.exchanged() == []
+    assert_true_penalties(one, other)
+
+
 def test_without_weight_training_is_bitwise_the_training_of_one_peer_alone(processes, tmp_path):
     alone = processes.job(tmp_path, 0, options={"peers": 1}, name="alone", updates=60)
     burning = [processes.job(tmp_path, peer, options={"burn_in": 1000}, updates=60) for peer in range(2)]

@@ -58,6 +58,7 @@ def standing(batch=0, **changes):
             "forming": False,
             "lost": -float("inf"),
             "ready_from": -float("inf"),
+            "avoided": frozenset(),
             "told": time.monotonic(),
             **changes,
         }
@@ -425,6 +426,30 @@ def test_one_that_does_not_fit_is_an_incident_once_and_left_out(jobs, caplog, ch
     assert first.incidents.counts == {cause: 1}
     assert second.offered() is None
     assert f"peer 1 is left out: {line}" in caplog.text
+
+
+def test_one_whose_word_cannot_be_read_is_an_incident_once_and_keeps_nobody_else_apart(jobs, monkeypatch):
+    plain = StoreBoard.read
+
+    def forbidden(board, peer):
+        if peer == 2:
+            raise StorageError("storage", "fails on purpose")
+        return plain(board, peer)
+
+    monkeypatch.setattr(StoreBoard, "read", forbidden)
+    first, second = jobs(0), jobs(1)
+    for job in (first, second):
+        job.say()
+    assert until(lambda: first.offered() and second.offered()).members == (0, 1)
+    until(lambda: first.incidents.counts == second.incidents.counts == {"storage": 1})
+
+
+def test_those_who_avoid_another_are_offered_a_group_without_it(jobs):
+    first, second, third = (jobs(peer) for peer in range(3))
+    third.say()
+    for job in (first, second):
+        job.say(avoided=frozenset({2}))
+    assert until(lambda: first.offered() and second.offered()).members == (0, 1)
 
 
 def test_a_later_start_of_the_same_peer_takes_its_place(jobs):
