@@ -7,6 +7,11 @@ import timm
 import torch
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 
+from codistill.exchange.checkpoint.architectures import Architectures
+from codistill.exchange.checkpoint.meeting import Proposal
+from codistill.exchange.checkpoint.peer_modules import PeerModules
+from codistill.exchange.manifest import Reference
+from codistill.meters import Incidents
 from timm_codistill.architectures import build, describe, place
 
 # As train.py passes them on, wanted or not.
@@ -111,3 +116,27 @@ def test_synchronised_batch_norm_keeps_the_names_that_are_told_and_split_batch_n
     built = build(**told, classes=7)
     assert shapes(convert_sync_batchnorm(timm.create_model("test_resnet", **FLAGS))) == shapes(built)
     assert shapes(convert_splitbn_model(model, 2)) != shapes(built)
+
+
+@pytest.mark.parametrize("name", ["levit_128s", "tiny_vit_5m_224", "efficientformerv2_s0"])
+def test_a_peer_predicts_with_its_newest_weights_though_its_model_keeps_attention_biases(name):
+    """These keep `attention_biases[:, idxs]` from one forward pass in eval mode to the next."""
+
+    def trained():
+        model = timm.create_model(name, num_classes=7).eval()
+        for key, parameter in model.named_parameters():
+            if "attention_biases" in key or parameter.dim() == 1:  # all but 0 in a new model
+                torch.nn.init.normal_(parameter)
+        return model
+
+    own = timm.create_model(name, num_classes=7)
+    architectures = Architectures(lambda: timm.create_model(name, num_classes=7), own.state_dict(), "float32")
+    modules = PeerModules(architectures, 1, 10, Incidents(fatal=False))
+    images = torch.randn(1, 3, 224, 224)
+    for update in (1, 2):
+        published = trained()
+        proposal = Proposal(1, Reference(1, update, update), "a" * 64, False)
+        assert modules.swap(proposal, None, published.state_dict(), update)
+        found = modules.predictions(lambda module: module(images), update)[1]
+        with torch.no_grad():
+            torch.testing.assert_close(found, published(images))

@@ -148,6 +148,7 @@ class PeerModules:
                 self._places[peer] = {_place(part) for part in itertools.chain(module.parameters(), module.buffers())}
                 self._modules[peer], self._built[peer] = module, architecture
             load(tensors_of(self._modules[peer]), tensors)
+            self._modules[peer].train().eval()  # what a model keeps of its weights for eval mode is of the former ones
         except Exception as error:
             self._leave_out(proposal, error)
             return False

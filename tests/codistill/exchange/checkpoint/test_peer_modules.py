@@ -144,6 +144,33 @@ def test_what_failed_is_not_worth_another_try_and_if_tried_as_stale_as_it_was(ke
     assert first not in kept.modules.tried(1)
 
 
+def test_what_a_model_keeps_of_its_weights_in_eval_mode_is_not_kept_beyond_them():
+    class Keeping(nn.Linear):
+        """As timm's LeViT keeps its attention biases."""
+
+        kept = None
+
+        def train(self, mode=True):
+            if mode:
+                self.kept = None
+            return super().train(mode)
+
+        def forward(self, inputs):
+            if self.kept is None:
+                self.kept = 2 * self.weight
+            return nn.functional.linear(inputs, self.kept, self.bias)
+
+    own = Keeping(3, 2).state_dict()
+    modules = PeerModules(Architectures(lambda: Keeping(3, 2), own, "float32"), 1, 10, Incidents(fatal=False))
+    inputs = torch.randn(4, 3)
+    for update in (2, 4):
+        publisher = Keeping(3, 2)
+        proposal = Proposal(1, Reference(1, update, update), "a" * 64, False)
+        assert modules.swap(proposal, None, publisher.state_dict(), update)
+        found = modules.predictions(lambda module: module(inputs), update)[1]
+        torch.testing.assert_close(found, publisher(inputs))
+
+
 def test_a_module_that_cannot_predict_gives_its_memory_back(kept):
     kept.take(1, 10)
     modules = []
