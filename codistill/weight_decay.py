@@ -14,7 +14,7 @@ class WeightDecay:
 
     Attributes:
         decaying: for each group, whether it had any when first seen. Belongs into checkpoints: a schedule may have
-            set all groups to 0 by the time one is written.
+            set all groups to 0 by the time one is written. What was kept of another number of groups is forgotten.
     """
 
     def __init__(self, schedule: Piecewise) -> None:
@@ -28,7 +28,7 @@ class WeightDecay:
         Raises:
             ConfigError: no group has any weight decay to schedule.
         """
-        if self.decaying is None:
+        if self.decaying is None or len(self.decaying) != len(groups):
             self.decaying = [group.get("weight_decay", 0.0) != 0 for group in groups]
         if not any(self.decaying):
             raise ConfigError(

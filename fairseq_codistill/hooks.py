@@ -157,12 +157,11 @@ class TaskHooks:
         _when_done(self._finish)
         return codistiller
 
-    def _finish(self) -> None:
+    def _finish(self, out_of_time: bool) -> None:
         if self.codistiller is None:
             return
-        updates, options = self._updates_done(), self._root.optimization
-        through = updates >= (options.max_update or math.inf) or self.epoch >= (options.max_epoch or math.inf)
-        if options.stop_time_hours > 0 and not through:
+        updates = self._updates_done()
+        if out_of_time and updates < (self._root.optimization.max_update or math.inf):
             self.codistiller.close()  # more is to come: nothing is final yet
             return
         with _ended_by_one_line():
@@ -219,18 +218,22 @@ def _copy_whole(src_path: str, dst_path: str, overwrite: bool = False) -> Any:
     return copied
 
 
-def _when_done(act: Callable[[], None]) -> None:
-    """Have `act` called once, when fairseq-train tells its log that training is done.
+def _when_done(act: Callable[[bool], None]) -> None:
+    """Have `act` called once, when fairseq-train tells its log that training is done: with whether time was up.
 
     The record would be no sign: fairseq has the logs of all workers but the first make none of level INFO.
     """
     log = logging.getLogger("fairseq_cli.train")
     host_info = log.info
+    out_of_time = False
 
     def info(message: Any, *arguments: Any, **how: Any) -> None:
-        if isinstance(message, str) and message.startswith("done training"):
+        nonlocal out_of_time
+        said = message if isinstance(message, str) else ""
+        out_of_time |= said.startswith("Stopping training due to cumulative_training_time")
+        if said.startswith("done training"):
             log.info = host_info  # type: ignore[method-assign]
-            act()
+            act(out_of_time)
         host_info(message, *arguments, **{**how, "stacklevel": how.get("stacklevel", 1) + 1})
 
     log.info = info  # type: ignore[assignment, method-assign]

@@ -266,8 +266,7 @@ class CodistillationTask(ClassificationTask):
         if self._restored:
             self._codistiller.load_state_dict(self._restored)
         if self._weight_decay is not None:
-            decaying = self._restored.get("decaying") or []
-            self._weight_decay.decaying = decaying if len(decaying) == len(self._optimizer.param_groups) else None
+            self._weight_decay.decaying = self._restored.get("decaying")
         if config.sync:
             self._generators = Generators(self.device)
             self._generators.restore(self._restored.get("generators") or [])

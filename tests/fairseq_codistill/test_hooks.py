@@ -21,6 +21,7 @@ from tests.fixtures_peers import until
 
 ALONE = ("--codistill-peers", "1")
 SCHEDULE = ("--weight-decay", "0.1", "--codistill-weight-decay", "0:0.1,5u:0,10u:0.3")
+OUT_OF_TIME = "Stopping training due to cumulative_training_time: 1.1 > stop_time_hours: 1.0 hour(s)"
 
 
 def say(message):
@@ -260,6 +261,13 @@ def test_a_schedule_goes_with_an_optimiser_that_gives_its_groups_one_by_one(host
         assert [group["weight_decay"] for group in whole.param_groups] == wanted
 
 
+def test_what_a_checkpoint_says_of_another_number_of_groups_is_forgotten(hosts):  # noqa: F811
+    host = two_groups(hosts(0, *ALONE, *SCHEDULE))
+    host.task.set_checkpoint_dict({"codistill": {"decaying": [True], "init_hash": "0" * 64, "run_id": "another"}})
+    host.step(batch(host), 0)
+    assert decays(host) == [0.1, 0.0]
+
+
 # --- the end --------------------------------------------------------------------------------------------------------
 
 
@@ -276,22 +284,29 @@ def test_the_end_of_training_publishes_a_final_snapshot_of_the_last_update(hosts
 
 
 @pytest.mark.parametrize(
-    ("limits", "final"),
+    ("limits", "said", "final"),
     [
-        (["--stop-time-hours", "1", "--max-update", "9"], False),
-        (["--stop-time-hours", "1", "--max-epoch", "9"], False),
-        (["--stop-time-hours", "1", "--max-update", "3"], True),
-        (["--stop-time-hours", "1", "--max-epoch", "1"], True),
-        (["--max-update", "9"], True),  # such as by --patience
+        (["--max-update", "9"], [OUT_OF_TIME], False),
+        (["--max-epoch", "1"], [OUT_OF_TIME], False),  # in the midst of it, for all that is known
+        (["--max-update", "3"], [OUT_OF_TIME], True),
+        (["--max-update", "9"], [], True),  # such as by --patience
+        (["--max-epoch", "1"], [], True),
     ],
 )
-def test_a_training_that_was_to_stop_by_the_clock_is_final_only_when_it_is_through(hosts, tmp_path, limits, final):  # noqa: F811
+def test_a_training_that_the_clock_has_stopped_is_final_only_when_it_is_through(
+    hosts,  # noqa: F811
+    tmp_path,
+    limits,
+    said,
+    final,
+):
     metrics.reset()
-    host = hosts(0, *limits)
+    host = hosts(0, "--stop-time-hours", "1", *limits)
     for update in (0, 1, 2):
         host.step(batch(host), update)
     metrics.log_scalar("num_updates", 3, weight=0)
-    say(END)
+    for line in (*said, END):
+        say(line)
     found = latest(tmp_path, 0)
     assert (found.manifest.final, found.closed) == (final, final)
 
