@@ -380,7 +380,7 @@ class Codistiller:
             return
         try:
             moved = self._distance.measure(self._state() if state is None else state)
-        except (OSError, SafetensorError, RuntimeError, TypeError) as error:  # unreadable, or of another model
+        except (OSError, SafetensorError, RuntimeError, TypeError, KeyError) as error:  # unreadable, of another model
             moved = math.nan
             self._incidents.report("metrics", f"the distance from initialisation is not known: {error}")
         self._moved = update, moved

@@ -284,7 +284,7 @@ class CodistillConfig:
             if parts is None or int(parts[1]) > 65535:
                 raise self.error("rendezvous", "must be tcp://HOST:PORT, HOST being the machine of peer 0")
         by_prediction = self.exchange == "prediction"
-        for name in ("topology", "sync", "publish"):
+        for name in ("topology", "sync", "publish", "keep", "max_staleness"):
             if by_prediction and name in self.changed():
                 raise self.error(name, f"has no meaning with {flag('exchange')} prediction; leave one of them out")
         for name in ("rendezvous", "topk"):

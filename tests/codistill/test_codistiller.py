@@ -767,6 +767,15 @@ def test_initial_weights_that_are_spoilt_cost_only_the_distance(peers, count):
         until(lambda: peer.metrics()["sent"] > 0)
 
 
+def test_a_parameter_that_leaves_the_model_costs_only_the_distance(peers):
+    alone = peers(0, peers=1)
+    alone.step(3)
+    alone.model.norm = torch.nn.Sequential(alone.model.norm)  # as quantisation replaces what it has quantised
+    alone.step(3)
+    assert set(alone.causes()) == {"metrics"}
+    assert math.isnan(alone.metrics()["distance"])
+
+
 def test_initial_weights_that_cannot_be_kept_are_an_incident(peers):
     peer = peers(0, peers=1)
     peer.save_dir.rmdir()

@@ -97,6 +97,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"publish": "ema", "exchange": "prediction"},
         "--codistill-publish ema: has no meaning with --codistill-exchange prediction; leave one of them out",
     ),
+    (
+        {"keep": 4, "exchange": "prediction"},
+        "--codistill-keep 4: has no meaning with --codistill-exchange prediction; leave one of them out",
+    ),
+    (
+        {"max_staleness": 1000, "exchange": "prediction"},
+        "--codistill-max-staleness 1000: has no meaning with --codistill-exchange prediction; leave one of them out",
+    ),
     ({"exchange": "prediction", "topk": -1}, "--codistill-topk -1: must be 0 or more"),
     (
         {"topk": 8},
