@@ -122,12 +122,15 @@ def _stop(children: Sequence[subprocess.Popen[bytes]]) -> None:
     for child in children:
         _signal_group(child, signal.SIGTERM)
     deadline = time.monotonic() + GRACE_SECONDS
-    for child in children:
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(timeout=max(0.0, deadline - time.monotonic()))
-    for child in children:
-        _signal_group(child, signal.SIGKILL)  # also what a leader that ended early left behind in its group
-        child.wait()
+    try:
+        for child in children:
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=max(0.0, deadline - time.monotonic()))
+    finally:  # at a second Ctrl-C at once
+        for child in children:
+            _signal_group(child, signal.SIGKILL)  # also what a leader that ended early left behind in its group
+        for child in children:
+            child.wait()
 
 
 def _signal_group(child: subprocess.Popen[bytes], number: int) -> None:

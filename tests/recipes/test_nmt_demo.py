@@ -388,6 +388,32 @@ def test_an_interrupted_run_leaves_no_process_behind(tmp_path, number):
         wait_for(lambda pid=int(pid): gone(pid))
 
 
+def test_a_second_interruption_leaves_no_process_behind_either(tmp_path):
+    note = tmp_path / "note"
+    stubborn = (
+        "import os, pathlib, signal, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"pathlib.Path({str(note)!r}).write_text(str(os.getpid()))\n"
+        "time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", stubborn]
+    code = (
+        "import pathlib\n"
+        "from recipes.embedded.processes import Command, run_all\n"
+        f"run_all([Command('stubborn', {command!r}, pathlib.Path({str(tmp_path / 'log')!r}))], limit=60.0)\n"
+    )
+    runner = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: note.exists() and note.read_text())
+        runner.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        runner.send_signal(signal.SIGTERM)
+        runner.wait(timeout=30)
+    finally:
+        runner.kill()
+    wait_for(lambda: gone(int(note.read_text())))
+
+
 def test_what_a_killed_run_left_running_keeps_the_next_one_out(tmp_path):
     note = tmp_path / "note"
     command = sleeper(tmp_path / "sleeper.log", note)
