@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +44,7 @@ class PrivateFolder:
             OSError: it cannot be made.
         """
         for left in self._left_behind():
-            shutil.rmtree(left, ignore_errors=True)
+            _delete(left)
         self.path.mkdir(mode=0o700)
         self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         with contextlib.suppress(OSError):  # a file system without locks: then nobody can tell, and it may stay
@@ -55,7 +54,7 @@ class PrivateFolder:
         """Delete it, if it was made by this object."""
         if self._lock is None:
             return
-        shutil.rmtree(self.path, ignore_errors=True)
+        _delete(self.path)
         os.close(self._lock)
         self._lock = None
 
@@ -69,3 +68,15 @@ class PrivateFolder:
                     yield folder
                 finally:
                     os.close(lock)
+
+
+def _delete(folder: Path) -> None:
+    """Delete it, the lock last: what a kill leaves in the midst can still be told to be nobody's. Follows no link."""
+    with contextlib.suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            for name in sorted(os.listdir(opened), key=lambda name: name == LOCK):
+                os.unlink(name, dir_fd=opened)
+        finally:
+            os.close(opened)
+        folder.rmdir()

@@ -56,6 +56,30 @@ def test_a_start_leaves_the_folder_of_a_living_one_alone_and_removes_that_of_a_k
         folder.remove()
 
 
+def test_what_a_kill_in_the_midst_of_removing_leaves_is_removed_by_the_next_start(quick_exchange, monkeypatch):
+    first = PrivateFolder(7, 0, 1)
+    first.make()
+    for name in ("a", "z"):
+        (first.path / name).touch()
+    unlink = os.unlink
+
+    def killed(name, **how):
+        if name == "z":
+            raise KeyboardInterrupt
+        unlink(name, **how)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            first.remove()
+    os.close(first._lock)  # as its process ends
+    assert {"lock", "z"} <= {path.name for path in first.path.iterdir()}
+    second = PrivateFolder(7, 0, 2)
+    second.make()
+    assert list(quick_exchange.iterdir()) == [second.path]
+    second.remove()
+
+
 def test_folders_of_other_fetchers_and_other_owners_stay_whoever_has_left_them(owner, quick_exchange):
     theirs = quick_exchange / os.path.basename(owner.stdout.readline().strip())
     owner.send_signal(signal.SIGKILL)
