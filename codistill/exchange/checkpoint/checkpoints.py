@@ -282,12 +282,20 @@ class CheckpointExchange:
     def _require_next(self, update: int) -> None:
         """Sync mode: a peer that is past our next boundary must still have the snapshot it published there."""
         boundary = -(-max(update, 1) // self._config.interval) * self._config.interval
-        lacking: list[int] = []
-        if self._guide is not None and self._neighbours is not None:
-            lacking = [peer for peer in self._neighbours.of_boundary(boundary) if self._guide.lacks(peer, boundary)]
-        [peer] = self._workers.share([lacking[0] if lacking else -1])
+        lacking = self._first_lacking(boundary)
+        [peer] = self._workers.share([-1 if lacking is None else lacking])
         if peer >= 0:
             self._miss(peer, boundary, update, gone=True)
+
+    def _first_lacking(self, boundary: int) -> Optional[int]:
+        """Worker 0: a neighbour that has deleted its snapshot of `boundary`, as far as a store tells that answers."""
+        if self._guide is None or self._neighbours is None:
+            return None
+        end = time.monotonic() + min(STORE_SECONDS, self._config.timeout)
+        for peer in self._neighbours.of_boundary(boundary):
+            if time.monotonic() < end and self._guide.lacks(peer, boundary):
+                return peer
+        return None
 
     def _miss(self, peer: int, theirs: int, update: int, *, gone: bool) -> None:
         message = f"the snapshot of peer {peer} at update {theirs} {'is gone' if gone else 'was not to be had in time'}"

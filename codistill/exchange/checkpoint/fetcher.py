@@ -188,14 +188,17 @@ class Fetcher:
             self._hurried = False
 
     def lacks(self, peer: int, update: int) -> bool:
-        """Ask the store now: whether `peer` is past `update` and its snapshot of then is gone. False if unknown."""
+        """Ask the store now: whether `peer` is past `update` and its snapshot of then was deleted. False if unknown.
+
+        The oldest go first: with an older one there, that of `update` has never come to be stored.
+        """
         try:
             latest = self._store.latest(peer)
         except ExchangeError:
             return False
         if latest is None or latest.manifest is None:
             return False
-        return latest.manifest.update >= update and all(kept.update != update for kept in latest.retained)
+        return latest.manifest.update >= update and all(kept.update > update for kept in latest.retained)
 
     def lowest_floor(self) -> int:
         """The lowest update that any of our readers could restart from; 0 while one has not been heard of."""

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import threading
 import time
 
 import pytest
@@ -10,7 +11,9 @@ from torch import nn
 
 from codistill import ConfigError
 from codistill.exchange.checkpoint import peer_modules
+from codistill.exchange.checkpoint.fetcher import Fetcher
 from codistill.exchange.errors import StorageError
+from codistill.exchange.membership import Membership
 from codistill.exchange.objects import Objects
 from codistill.exchange.store import RunStore
 from tests.fixtures_peers import RUN, Writer, data_parallel, peers, quick_exchange, until  # noqa: F401
@@ -207,6 +210,38 @@ def test_a_synchronous_run_restored_below_the_floor_is_one_clear_line(peers, oth
         "resume from the newest checkpoint, or start again with a new --codistill-run-id"
     )
     assert time.monotonic() - began < 4
+
+
+def test_a_synchronous_run_is_restored_before_a_snapshot_that_was_never_stored(peers, tmp_path):
+    writer = Writer(RunStore(Objects(str(tmp_path / "store")), RUN))
+    model = peers(1).model.state_dict()
+    manifests = {update: writer.snapshot(model, update) for update in (2, 6)}  # at 4 the store was out of reach
+    writer.announce(manifests[6])
+    peer = resumed(peers, 3, 2)
+    state = {"update": 3, "run_id": RUN, "init_hash": "1" * 64, "in_use": references(1, 2)}
+    state["in_use"]["1"]["sha256"] = manifests[2].sha256
+    peer.codistiller.load_state_dict(state)
+    peer.codistiller.config.timeout = 0.5
+    peer.step(5)
+    assert peer.causes() == {"late": 1}
+    assert peer.codistiller.state_dict()["in_use"]["1"]["update"] == 6
+
+
+def test_a_synchronous_run_does_not_ask_one_peer_after_the_other_in_a_store_that_does_not_answer(peers, monkeypatch):
+    asked = []
+
+    def slow(store, peer):
+        if threading.current_thread() is threading.main_thread():
+            asked.append(peer)
+            time.sleep(0.2)
+        raise StorageError("storage", "fails on purpose")
+
+    peer = peers(0, sync=True, peers=16, timeout=0.5)
+    monkeypatch.setattr(Fetcher, "wait", lambda fetcher, seconds: None)
+    monkeypatch.setattr(RunStore, "latest", slow)
+    monkeypatch.setattr(Membership, "join", lambda membership: None)
+    peer.step()
+    assert 0 < len(asked) < 6
 
 
 def test_a_store_that_fails_while_a_synchronous_run_is_restored_is_not_taken_for_one_that_lost_it(
