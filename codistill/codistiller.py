@@ -365,12 +365,11 @@ class Codistiller:
     @property
     def _copied(self) -> bool:
         """Whether the distance is measured in the background, on the copy of our own weights that is published."""
-        by_checkpoint = self._exchange is not None and self.config.exchange == "checkpoint"
-        return by_checkpoint and self._published_state is None
+        return self._exchange is not None and self._exchange.publishes and self._published_state is None
 
     def _on_copy(self, update: int, state: Mapping[str, Tensor]) -> dict[str, float]:
         """In the background, with a copy of what is published: the model's own weights, unless told otherwise."""
-        if self._copied:
+        if self._published_state is None:
             self._measure(update, state)
         return {"distance": self._moved[1]}
 

@@ -56,6 +56,10 @@ class Exchange(Protocol):
     def begin_batch(self, position: Position) -> Optional[Position]:
         """The next micro-batch is at `position`; gives where to go on after it, when data must be skipped for that."""
 
+    @property
+    def publishes(self) -> bool:
+        """Whether `boundary` copies our weights, on worker 0, unless it has to skip that."""
+
     def boundary(self, update: int, epoch: int, metrics: Mapping[str, float]) -> bool:
         """An interval has ended; gives whether our weights were copied, so that `on_copy` is called for them."""
 

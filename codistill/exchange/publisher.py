@@ -155,6 +155,11 @@ class Publisher:
             self._changed.notify_all()
         return True
 
+    @property
+    def stopped(self) -> bool:
+        """Whether nothing is published any more."""
+        return self._stopping.is_set()
+
     def flush(self, seconds: float) -> bool:
         """Wait until everything is stored or given up; False if it took longer than `seconds`."""
         with self._changed:

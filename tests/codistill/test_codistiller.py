@@ -470,6 +470,16 @@ def test_a_line_that_still_waits_when_the_process_leaves_is_written(peers):
     assert [(line["update"], line["distance"]) for line in lines_of(peer)] == [(2, None)]
 
 
+def test_the_distance_is_known_though_nothing_is_published_any_more(peers):
+    first = peers(0)
+    first.step(3)
+    peers(0).step()  # in its place
+    first.step_until(lambda: "superseded" in first.causes())
+    before = first.metrics()["distance"]
+    first.step(4)
+    assert first.metrics()["distance"] > before
+
+
 @pytest.mark.parametrize("told", [True, False], ids=["with our state", "without it"])
 def test_after_a_resume_the_distance_is_known_at_once(peers, told):
     first = peers(0, peers=1)

@@ -116,6 +116,11 @@ class CheckpointExchange:
     def begin_batch(self, position: Position) -> Optional[Position]:
         """Nothing to skip: peers go through the data each in its own way."""
 
+    @property
+    def publishes(self) -> bool:
+        """Whether there is still somebody who publishes: worker 0, unless the exchange is over or we were replaced."""
+        return self._publisher is not None and not self._publisher.stopped and not self._over
+
     def boundary(self, update: int, epoch: int, metrics: Mapping[str, float]) -> bool:
         """Publish our weights and take up the peers'; called every `interval` updates.
 

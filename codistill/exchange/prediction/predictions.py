@@ -127,6 +127,11 @@ class PredictionExchange:
             self._break_off("internal", f"{type(error).__name__}: {error}")
         return None
 
+    @property
+    def publishes(self) -> bool:
+        """Nothing is published."""
+        return False
+
     def boundary(self, update: int, epoch: int, metrics: Mapping[str, float]) -> bool:
         """Nothing is published."""
         return False
