@@ -308,22 +308,21 @@ class PredictionExchange:
         self._step_back()
 
     def _give_up(self) -> None:
-        """All workers of this peer leave the group: at once into another, when it was worth its while."""
+        """All workers of this peer leave the group: at once into another, unless it was not worth its while."""
         group = self._group
         self._discard_groups()
         self._lost_at = time.monotonic()
         if group is not None and group.proven:
             self._pause = 0.0
-            return
-        if group is not None and group.apart:
-            if len(group.unlike) < len(group.members) - 1:
-                self._avoid(group.unlike)  # and meet those that are like us again, at once
-                return
-            self._pause = max(self._pause, BACK_OFF_DIFFERENT / 2)
-        self._step_back()
+            for member in group.members:
+                self._avoided.pop(member, None)
+        elif group is not None and group.apart:
+            self._avoid(group.unlike)
+        else:
+            self._step_back()
 
     def _avoid(self, peers: Collection[int]) -> None:
-        """Be in no group with these for a while."""
+        """Be in no group with these for a while; with others at once."""
         for peer in peers:
             before, _ = self._avoided.get(peer, (0.0, 0.0))
             pause = min(max(BACK_OFF_DIFFERENT, 2 * before), BACK_OFF_MOST)

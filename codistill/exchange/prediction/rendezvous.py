@@ -215,7 +215,7 @@ class Rendezvous:
         self._reached = time.monotonic()
 
     def _listen_to_all(self) -> None:
-        """Hear everybody; whose word alone cannot be read is left out, like one whose word makes no sense."""
+        """Hear everybody; whose word alone cannot be read is absent, in a while."""
         unreadable = {}
         for peer in self._others:
             try:
@@ -225,7 +225,7 @@ class Rendezvous:
         if len(unreadable) == len(self._others):  # then it is the board
             raise unreadable[self._others[0]]
         for peer, trouble in unreadable.items():
-            self._leave_out(peer, 0, trouble)
+            self._tell_once(peer, 0, trouble)
 
     def _listen(self, peer: int) -> None:
         post: Optional[Post] = None
@@ -235,18 +235,18 @@ class Rendezvous:
             if post is not None:
                 self._judge(post)
         except Refused as error:
-            self._leave_out(peer, 0 if post is None else post.incarnation, error)
+            self._tell_once(peer, 0 if post is None else post.incarnation, error)
+            self._heard.pop(peer, None)
             return
         self._refused.pop(peer, None)
         if post is not None:
             self._heard[peer] = _follow(self._heard.get(peer), post, time.monotonic())
 
-    def _leave_out(self, peer: int, incarnation: int, error: ExchangeError) -> None:
-        """Until its word is better; told once."""
+    def _tell_once(self, peer: int, incarnation: int, error: ExchangeError) -> None:
+        """Until its word is better."""
         if self._refused.get(peer) != (incarnation, error.cause):
             self._refused[peer] = incarnation, error.cause
             self._incidents.report(error.cause, f"peer {peer} is left out: {error}", about=str(peer))
-        self._heard.pop(peer, None)
 
     def _judge(self, post: Post) -> None:
         compare_terms(self._run, post.terms, self._terms)
