@@ -94,7 +94,7 @@ class CheckpointExchange:
 
         def enter() -> None:
             if self._workers.first:
-                floor = self._needed_from(update, self._before)
+                floor = self._needed_from(update, self._still_of_use(update))
                 self._publisher = joining.publisher(
                     identity, terms, floor, self._lowest_floor, on_copy, anew=update == 0
                 )
@@ -255,8 +255,8 @@ class CheckpointExchange:
             self._fetch_now(dict.fromkeys(lacking, NEWEST), update)
             lacking = self._lacking()
         for peer in lacking:
-            if before[peer].staleness(update) > self._config.staleness_bound:
-                continue  # it was not learnt from any more
+            if peer not in self._still_of_use(update):
+                continue
             [gone] = self._workers.share([self._guide is not None and self._guide.hopeless(peer)])
             self._miss(peer, before[peer].proposal.reference.update, update, gone=bool(gone))
         if self._config.sync:
@@ -277,6 +277,11 @@ class CheckpointExchange:
                 self._guide.wish(peer, wish)
             self._guide.wait(min(STORE_SECONDS, self._config.timeout))
         self._take_up(update, patient=True)
+
+    def _still_of_use(self, update: int) -> dict[int, InUse]:
+        """What a checkpoint says was in use, but for what was too stale to be learnt from."""
+        bound = self._config.staleness_bound
+        return {peer: used for peer, used in self._before.items() if used.staleness(update) <= bound}
 
     def _lacking(self) -> list[int]:
         """The peers that a checkpoint says were in use and that are not, on some worker: all must meet as often."""

@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Optional
 
@@ -43,29 +42,32 @@ class PrivateFolder:
         Raises:
             OSError: it cannot be made.
         """
-        for left in self._left_behind():
-            _delete(left)
+        self._delete_left_behind()
         self.path.mkdir(mode=0o700)
         self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         with contextlib.suppress(OSError):  # a file system without locks: then nobody can tell, and it may stay
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def remove(self) -> None:
-        """Delete it, if it was made by this object."""
+        """Delete it, if it was made by this object.
+
+        What a killed start has left, too: its forked children may have held its lock when ours began.
+        """
         if self._lock is None:
             return
+        self._delete_left_behind()
         _delete(self.path)
         os.close(self._lock)
         self._lock = None
 
-    def _left_behind(self) -> Iterator[Path]:
+    def _delete_left_behind(self) -> None:
         """Folders of former starts, each while we hold its lock; without one nobody knows, and they are left alone."""
         for folder in self.path.parent.glob(f"{self._of_any_start}*"):
             with contextlib.suppress(OSError):
                 lock = os.open(folder / LOCK, os.O_RDWR)
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    yield folder
+                    _delete(folder)
                 finally:
                     os.close(lock)
 

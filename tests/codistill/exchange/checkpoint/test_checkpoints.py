@@ -221,7 +221,7 @@ def test_a_synchronous_run_is_restored_before_a_snapshot_that_was_never_stored(p
     state = {"update": 3, "run_id": RUN, "init_hash": "1" * 64, "in_use": references(1, 2)}
     state["in_use"]["1"]["sha256"] = manifests[2].sha256
     peer.codistiller.load_state_dict(state)
-    peer.codistiller.config.timeout = 0.5
+    peer.codistiller.config.timeout = 2.0
     peer.step(5)
     assert peer.causes() == {"late": 1}
     assert peer.codistiller.state_dict()["in_use"]["1"]["update"] == 6
@@ -287,7 +287,7 @@ def test_the_resume_floor_is_the_boundary_whose_snapshots_a_checkpoint_uses(peer
 def test_the_resume_floor_is_lower_while_a_peer_that_was_late_is_known_by_an_older_snapshot(peers, tmp_path):
     writer = Writer(RunStore(Objects(str(tmp_path / "store")), RUN))
     writer.publish(peers(1).model.state_dict(), 2)
-    peer = peers(0, sync=True, timeout=0.3, max_staleness=4)
+    peer = peers(0, sync=True, timeout=1.5, max_staleness=4)
     latest = tmp_path / "store" / RUN / "peers" / "0" / "latest.json"
 
     def told(key):
