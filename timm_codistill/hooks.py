@@ -8,8 +8,11 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import os
 from types import ModuleType
 from typing import Any, Optional
+
+from timm.utils import CheckpointSaver
 
 from codistill import ConfigError, ExchangeFailed, shard
 from timm_codistill.data import keep_fraction, seed_offset
@@ -55,6 +58,11 @@ def run(module: ModuleType) -> None:
         raise SystemExit(str(error)) from None
     finally:
         hooks.close()
+
+
+def _replace_at_once(saver: CheckpointSaver, src: str, dst: str) -> None:
+    """In place of deleting `last.pth.tar` first: a kill in between would leave none to resume from."""
+    os.replace(src, dst)
 
 
 class Hooks:
@@ -111,6 +119,7 @@ class Hooks:
                 super().__init__(*arguments, options=args, model_arguments=hooks._model_arguments, **kwargs)
 
         Task.__name__ = CodistillationTask.__name__
+        CheckpointSaver._replace = _replace_at_once  # type: ignore[method-assign]
         self._module.ClassificationTask = Task  # type: ignore[attr-defined]
         self._module.create_dataset = self._create_dataset  # type: ignore[attr-defined]
         self._module.create_loader = self._create_loader  # type: ignore[attr-defined]

@@ -191,7 +191,11 @@ class CodistillationTask(ClassificationTask):
             self._drawn = self._generators.collect()
 
     def finish(self) -> None:
-        """Training has ended normally: publish the final weights, within `--codistill-timeout`, and stop."""
+        """Training has ended normally: publish the final weights, within `--codistill-timeout`, and stop.
+
+        Raises:
+            ExchangeFailed: After trouble, with `--codistill-on-error fail`.
+        """
         if self._codistiller is not None:
             self._codistiller.finish(self._update)
 

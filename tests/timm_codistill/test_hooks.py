@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import os
 import types
 from collections import OrderedDict
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from timm.models import create_model
 from timm.task import ClassificationTask
+from timm.utils import CheckpointSaver
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -87,6 +89,27 @@ def test_the_epoch_s_metrics_get_ours_and_the_saved_arguments_keep_the_seed_that
     assert seen[:2] == [42 + SEED_STRIDE, 42]
     assert list(seen[2]) == ["loss", *(f"codistill_{key}" for key in KEYS)]
     assert seen[2]["loss"] == 1.0
+
+
+def test_the_last_checkpoint_is_never_absent_while_a_newer_one_takes_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(CheckpointSaver, "_replace", CheckpointSaver._replace)  # to be put back
+    hooks.run(script(lambda module, args, text: None, *peer(tmp_path)))
+    last, newer = tmp_path / "last.pth.tar", tmp_path / "tmp.pth.tar"
+    last.write_text("older")
+    newer.write_text("newer")
+    model = torch.nn.Linear(1, 1)
+    saver = CheckpointSaver(model, torch.optim.SGD(model.parameters(), lr=0.1), checkpoint_dir=str(tmp_path))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            saver._replace(str(newer), str(last))
+    assert last.read_text() == "older"
+    saver._replace(str(newer), str(last))
+    assert last.read_text() == "newer"
 
 
 @pytest.mark.parametrize(("epochs", "final"), [(1, True), (2, False)], ids=["to the end", "interrupted"])
