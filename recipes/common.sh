@@ -75,7 +75,10 @@ main() {
     -h | --help) list && explain ;;
     all)
       dry || [[ -n ${PEER:-} ]] || no_peer
-      for key in "${jobs[@]}"; do do_job "$key"; done
+      for key in "${jobs[@]}"; do
+        do_job "$key"
+        [[ -z ${interrupted:-} ]] || exit 143 # this one came to its end all the same
+      done
       ;;
     *)
       for key in "${jobs[@]}"; do
@@ -298,4 +301,5 @@ run() {
   fi
   ((status == 0)) || exit "$status"
   touch "$1/finished"
+  interrupted=$stopped
 }

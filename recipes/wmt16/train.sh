@@ -35,7 +35,8 @@ make_command() {
   command+=(--seed $((SEED + 1000 * $2)) --num-workers "$LOADERS")
   model_flags
   command+=(--max-tokens "${value[tokens]}" --update-freq "${value[update_freq]}" --max-update "${value[updates]}")
-  command+=(--validate-interval-updates 1000)
+  # Not at the ends of epochs too, of which one model on all workers has twice as many.
+  command+=(--validate-interval-updates 1000 --validate-interval 1000000)
   command+=(--save-interval-updates 1000 --keep-interval-updates 1 --no-epoch-checkpoints)
   command+=(--best-checkpoint-metric nll_loss --log-format json --log-interval 100 --log-file "$5/train.log")
   command+=(--criterion codistill --label-smoothing "${value[label_smoothing]}")

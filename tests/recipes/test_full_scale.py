@@ -519,6 +519,26 @@ def test_a_signal_is_passed_on_as_sigterm_and_the_training_s_status_is_kept(tmp_
     assert list((tmp_path / "peer-0").iterdir()) == [], "not finished"
 
 
+def test_a_signal_ends_all_jobs_though_the_one_at_hand_comes_to_its_end_all_the_same(tmp_path):
+    shell = (
+        'source "$1"; training=("$2" -c "$3") folder=$4 jobs=(one two); '
+        'do_job() { command=("${training[@]}"); run "$folder"; }; PEER=0 main all'
+    )
+    at_its_end = HOST.replace("33", "0")
+    argv = ["bash", "-c", shell, "recipe", str(RECIPES / "common.sh"), sys.executable, at_its_end, str(tmp_path)]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=environment(), start_new_session=True)
+    with process.stdout:
+        process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        try:
+            assert process.wait(30) == 143
+            assert process.stdout.read() == "", "another job was started"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert (tmp_path / "finished").exists()
+
+
 # ---- Slurm: its commands are not here; what they would be given is.
 
 
