@@ -28,7 +28,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         The exit status: 0 for success, else 1, or 2 for arguments that cannot work.
     """
     arguments = _parser().parse_args(argv)
-    return arguments.run(arguments)
+    try:
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read us, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor can Python flush at its end
+        return 1
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -168,9 +174,6 @@ def _status(arguments: argparse.Namespace) -> int:
     except ConfigError as error:
         print(f"codistill: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever read us, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor can Python flush at its end
-        return 1
 
 
 def _plot(arguments: argparse.Namespace) -> int:

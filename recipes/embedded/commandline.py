@@ -20,6 +20,10 @@ def run(work: Callable[[Progress], None], name: str = "demo") -> int:
         progress.say("")
         print(f"{name}: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a folder that cannot be written to, a full disk
+        progress.say("")
+        print(f"{name}: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         progress.say("")
         print(f"{name}: interrupted; what is finished is kept, run again to go on", file=sys.stderr)

@@ -89,7 +89,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     with open(folder / ".lock", "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise StepError(f"another run is working in {folder}: wait for it, or name another folder") from error
         os.set_inheritable(lock.fileno(), True)
         yield

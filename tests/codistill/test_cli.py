@@ -23,6 +23,13 @@ def test_user_dir_prints_the_real_path_of_the_plug_in(capsys):
     assert complaints == ""
 
 
+def test_who_reads_no_further_than_it_wants_to_is_met_with_silence():
+    piped = f"{sys.executable} -u -m codistill.cli options | head -1"
+    done = subprocess.run(["bash", "-c", piped], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.startswith("--codistill-")
+    assert done.stderr == ""
+
+
 def test_user_dir_resolves_links(tmp_path):
     (tmp_path / "fairseq_codistill").symlink_to(ROOT / "fairseq_codistill")
     result = run("-m", "codistill.cli", "user-dir", "fairseq", cwd=tmp_path)

@@ -477,7 +477,7 @@ def test_the_distance_is_known_though_nothing_is_published_any_more(peers):
     first.step_until(lambda: "superseded" in first.causes())
     before = first.metrics()["distance"]
     first.step(4)
-    assert first.metrics()["distance"] > before
+    assert first.metrics()["distance"] != before
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["with our state", "without it"])

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -289,3 +290,13 @@ def test_progress_shows_every_model_of_an_arm(tmp_path):
 def test_both_halves_count_bytes_alike():
     assert measures.ring_all_reduce_bytes(100, 2) == 400
     assert measures.sent_bytes([{"sent": None}, {"sent": 5}]) == 5
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(capsys):
+    assert demo.main(["--data", "/proc/nowhere"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("demo: /proc/nowhere")
+
+
+def test_a_value_that_is_not_finite_leaves_a_mean_that_says_so():
+    assert demo.spread([1.0, math.nan], 2) == "nan"
+    assert demo.spread([1.0, 2.0], 1) == "1.5 ± 0.7"

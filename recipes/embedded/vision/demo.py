@@ -7,6 +7,7 @@ status 1 (Ctrl-C and SIGTERM: 130), with no process left behind.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -139,9 +140,10 @@ def search(data: Path, training: Training, progress: Progress) -> None:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean ± standard deviation; the mean alone of a single value."""
+    """Mean ± standard deviation; the mean alone of a single value, or when one is not finite."""
     centre = f"{mean(values):.{digits}f}"
-    return centre if len(values) == 1 else f"{centre} ± {stdev(values):.{digits}f}"
+    alone = len(values) == 1 or not all(map(math.isfinite, values))
+    return centre if alone else f"{centre} ± {stdev(values):.{digits}f}"
 
 
 def _parser() -> argparse.ArgumentParser:
