@@ -254,9 +254,8 @@ class CheckpointExchange:
         if lacking and not self._config.sync:
             self._fetch_now(dict.fromkeys(lacking, NEWEST), update)
             lacking = self._lacking()
-        for peer in lacking:
-            if peer not in self._still_of_use(update):
-                continue
+        of_use = self._still_of_use(update)
+        for peer in (one for one in lacking if one in of_use):
             [gone] = self._workers.share([self._guide is not None and self._guide.hopeless(peer)])
             self._miss(peer, before[peer].proposal.reference.update, update, gone=bool(gone))
         if self._config.sync:

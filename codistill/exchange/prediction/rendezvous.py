@@ -243,7 +243,7 @@ class Rendezvous:
             self._heard[peer] = _follow(self._heard.get(peer), post, time.monotonic())
 
     def _tell_once(self, peer: int, incarnation: int, error: ExchangeError) -> None:
-        """Until its word is better."""
+        """Count what is wrong with a peer's word, and not again before it is right once."""
         if self._refused.get(peer) != (incarnation, error.cause):
             self._refused[peer] = incarnation, error.cause
             self._incidents.report(error.cause, f"peer {peer} is left out: {error}", about=str(peer))

@@ -239,7 +239,7 @@ def _bound(part: Part) -> str:
 
 
 def _edge(part: Part, bound: float) -> str:
-    """To the tenth: a tenth more is alike as a logarithm, and so is what that is a tenth more than: 9.1 % less."""
+    """In the metric's unit; of a logarithm the percent, rounded: as far below as 10 % is above are 9.1 %."""
     return f"{round(100 * math.expm1(bound), 1):g} %" if part.relative else f"{bound:g}"
 
 
